@@ -1,0 +1,977 @@
+"""Tests of GloTok: every equation against an independent computation, every command against bad input.
+
+    python -m pytest -q
+"""
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import fid
+import glotok
+import sample
+import train
+from glotok import (ALPHA, LPIPS, PRESETS, XAR, BadInput, Config, DINOv2, GloTok, Quantizer, adaptive_weight, cosine_moments, discriminator,
+                    hinge_loss, histogram_relation_loss, kmeans, relation_histogram, relation_histogram_direct, sphere_histogram,
+                    straight_through)
+
+TINY = Config(patch=1, channels=8, channel_mult=(1, 2), z_channels=16, width=16, heads=2, codes_sem=16, codes_vis=24, image_size=16, data="shapes",
+              teacher="sphere", tokenizer_steps=20, batch_size=8, eval_images=20, save_every=5, revive_every=5, cell=4, gen_width=16, gen_layers=1, gen_heads=2, generator_steps=20, gen_batch=8,
+              sampling_steps=3)
+FLAGS = [word for k in ("patch", "channels", "channel_mult", "z_channels", "width", "heads", "codes_sem", "codes_vis", "image_size", "teacher",
+                        "tokenizer_steps", "batch_size", "eval_images", "save_every", "revive_every", "cell", "gen_width", "gen_layers", "gen_heads",
+                        "generator_steps", "gen_batch", "sampling_steps")
+         for word in [f"--{k}", *str(getattr(TINY, k)).strip("()").split(", ")]]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_images(n=2, size=16):
+    return torch.rand(n, 3, size, size) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------- quantizer (1)
+
+
+def test_look_up_finds_the_nearest_code_in_distance_and_in_any_chunk():
+    q = Quantizer(50, 8, 0.25)
+    z = F.normalize(torch.randn(3, 7, 8), dim=-1)
+    expected = ((z[..., None, :] - q.codebook) ** 2).sum(-1).argmin(-1)
+    assert torch.equal(q.look_up(z), expected)
+    assert torch.equal(q.look_up(z, chunk=1), expected)
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.0, 1.0])
+def test_equation_1_sends_each_term_to_its_own_side(beta):
+    q = Quantizer(5, 4, beta)
+    f = torch.randn(2, 3, 4, requires_grad=True)
+    z, codes, index, loss = q(f)
+    loss.backward()
+    # by hand, in float64 NumPy: unit vectors, mean over all elements
+    c, x = q.weight.detach().double().numpy(), f.detach().double().numpy()
+    unit_c, unit_z = c / np.linalg.norm(c, axis=1, keepdims=True), x / np.linalg.norm(x, axis=-1, keepdims=True)
+    i = index.numpy()
+    gap = unit_z - unit_c[i]
+    assert loss.item() == pytest.approx((1 + beta) * (gap**2).mean(), rel=1e-5)
+    tangent = lambda g, unit, raw: (g - (g * unit).sum(-1, keepdims=True) * unit) / np.linalg.norm(raw, axis=-1, keepdims=True)
+    expected_c = np.zeros_like(c)
+    np.add.at(expected_c, i, -2 * gap / gap.size)
+    np.testing.assert_allclose(q.weight.grad.numpy(), tangent(expected_c, unit_c, c), atol=1e-6)  # beta is not in it
+    np.testing.assert_allclose(f.grad.numpy(), tangent(beta * 2 * gap / gap.size, unit_z, x), atol=1e-6)  # beta alone
+
+
+def test_straight_through_is_exact_in_value_and_the_identity_in_gradient():
+    z, codes = torch.randn(100, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    out, up = straight_through(z, codes), torch.randn(100, 8)
+    assert torch.equal(out, codes)
+    out.backward(up)
+    assert torch.equal(z.grad, up) and codes.grad is None
+
+
+def test_revival_moves_only_unused_codes_onto_features():
+    q = Quantizer(6, 4, 0.25)
+    with torch.no_grad():
+        q.weight.copy_(F.normalize(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0], [0, 0, 0, -1], [-1, 0, 0, 0], [0, -1, 0, 0]]), dim=1))
+    before = q.weight.clone()
+    features = torch.tensor([[[1.0, 0.1, 0, 0], [0.1, 1.0, 0, 0]]]).expand(4, 2, 4)
+    q(features)
+    assert q.hits.tolist() == [4, 4, 0, 0, 0, 0]
+    q.revive()
+    assert torch.equal(q.weight[:2], before[:2])
+    candidates = F.normalize(features[0], dim=1)
+    assert all((candidates - w).abs().sum(1).min() < 1e-6 for w in q.weight[2:].detach())
+    assert q.hits.sum() == 0
+    q.eval()(features)
+    assert q.hits.sum() == 0  # looking does not count
+
+
+# ----------------------------------------------------------------------------------- histogram relation loss (4)-(7)
+
+
+def histogram_by_loops(codes, bins, alpha):
+    """Eqs. (4)-(6) in plain Python and float64."""
+    p, c = np.zeros(bins), np.asarray(codes, np.float64)
+    for i in range(len(c)):
+        for j in range(i, len(c)):
+            d = c[i] @ c[j] / np.sqrt((c[i] @ c[i]) * (c[j] @ c[j]))
+            for k in range(bins):
+                p[k] += math.exp(-alpha * (d - (-1 + 2 * k / (bins - 1))) ** 2)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("bins, alpha", [(40, ALPHA), (12, 30.0)])
+def test_histograms_follow_equations_4_to_6(bins, alpha):
+    codes = torch.randn(17, 5) + 0.3
+    expected = histogram_by_loops(codes, bins, alpha)
+    np.testing.assert_allclose(relation_histogram_direct(codes.double(), bins, alpha), expected, atol=1e-12)
+    np.testing.assert_allclose(relation_histogram(codes, bins, alpha), expected, atol=1e-4 * expected.max())
+
+
+def test_equation_7_is_kl_of_teacher_from_student():
+    codes, other = torch.randn(15, 4), torch.randn(9, 4) + 1
+    teacher = histogram_by_loops(other, 40, ALPHA)
+    student = np.maximum(histogram_by_loops(codes, 40, ALPHA), 1e-10)
+    floor = np.maximum(teacher, 1e-10)
+    forward, backward = (floor * np.log(floor / student)).sum(), (student * np.log(student / floor)).sum()
+    assert abs(forward - backward) > 0.1  # the example tells the directions apart
+    t = torch.tensor(teacher, dtype=torch.float32, requires_grad=True)
+    loss = histogram_relation_loss(codes.requires_grad_(), t)
+    assert loss.item() == pytest.approx(forward, rel=1e-3)
+    loss.backward()
+    assert t.grad is None and codes.grad.abs().sum() > 0  # sg[P_t]
+
+
+def test_direct_histogram_has_the_right_gradient():
+    codes, weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.randn(40, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda c: relation_histogram_direct(c) @ weight, codes)
+
+
+@pytest.mark.parametrize("n, d, shift", [(2, 8, 0), (10, 3, 0.5), (300, 8, 0), (700, 8, 1.0)])
+def test_fast_histogram_equals_the_direct_one(n, d, shift):
+    codes = torch.randn(n, d) + shift
+    fast, direct = codes.clone().requires_grad_(), codes.double().requires_grad_()
+    teacher = relation_histogram_direct(torch.rand(50, 16).double())
+    p = relation_histogram_direct(direct)
+    assert (relation_histogram(fast) - p).abs().max() < 1e-4 * p.max()
+    histogram_relation_loss(fast, teacher.float()).backward()
+    (teacher.clamp_min(1e-10) * (teacher.clamp_min(1e-10) / p.clamp_min(1e-10)).log()).sum().backward()
+    assert (fast.grad - direct.grad).norm() < 1e-3 * direct.grad.norm()
+
+
+def test_fast_histogram_of_many_tiles_and_of_equal_codes():
+    codes = torch.randn(3000, 8)  # 3000 rows do not divide into whole tiles
+    d = F.normalize(codes.double(), dim=1) @ F.normalize(codes.double(), dim=1).T
+    p = torch.stack([torch.exp(-ALPHA * (d - b) ** 2).sum() + len(d) * math.exp(-ALPHA * (1 - b) ** 2) for b in torch.linspace(-1, 1, 40).tolist()])
+    assert (relation_histogram(codes) - p / p.sum()).abs().max() < 1e-4 * (p / p.sum()).max()
+    equal = relation_histogram(torch.ones(10, 4))
+    np.testing.assert_allclose(equal, histogram_by_loops(np.ones((1, 4)), 40, ALPHA), atol=1e-5)
+
+
+def test_fast_histogram_passes_nan_on():
+    codes = torch.randn(5, 3)
+    codes[2, 1] = math.nan
+    assert relation_histogram(codes).isnan().all()
+
+
+def test_fast_histogram_ignores_autocast():
+    codes = torch.randn(200, 8, requires_grad=True)
+    teacher = sphere_histogram(8)
+    plain = torch.autograd.grad(histogram_relation_loss(codes, teacher), codes)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = torch.autograd.grad(histogram_relation_loss(codes, teacher), codes)[0]
+    assert torch.equal(plain, mixed)
+
+
+def test_fast_histogram_is_much_faster():
+    codes, teacher = torch.randn(2048, 8), sphere_histogram(8)
+
+    def seconds(histogram, times):
+        best = math.inf
+        for _ in range(times):
+            c, start = codes.clone().requires_grad_(), time.perf_counter()
+            F.kl_div(histogram(c).clamp_min(1e-10).log(), teacher, reduction="sum").backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert seconds(relation_histogram_direct, 1) > 25 * seconds(relation_histogram, 3)  # 100 and more at 4,096 on a quiet machine
+
+
+def test_fast_histogram_is_small():
+    """Peak memory at n = 16,384, in a process of its own: eq. (6) as printed would take 21 GB."""
+    code = """if True:
+        import resource, torch, glotok
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        loss = lambda n: glotok.histogram_relation_loss(torch.randn(n, 8, requires_grad=True), glotok.sphere_histogram(8)).backward()
+        loss(64)
+        before = peak()
+        loss(16384)
+        print(peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(glotok.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 200
+
+
+def test_smoothing_gives_every_similarity_the_same_weight():
+    """The Poisson-summation argument for alpha = 1 / w^2."""
+    x = torch.linspace(-0.5, 0.5, 1001, dtype=torch.float64)
+    total = torch.exp(-ALPHA * (x[:, None] - torch.linspace(-1, 1, 40, dtype=torch.float64)) ** 2).sum(1)
+    assert total.mean().item() == pytest.approx(math.sqrt(math.pi), rel=1e-4)
+    ripple = (total.max() - total.min()) / 2 / total.mean()
+    assert ripple.item() == pytest.approx(2 * math.exp(-math.pi**2), rel=0.02)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 8])
+def test_sphere_histogram_is_that_of_a_million_random_vectors(dim):
+    x = F.normalize(torch.randn(2, 1_000_000, dim), dim=2)
+    cosines = (x[0] * x[1]).sum(1)
+    p = torch.stack([torch.exp(-ALPHA * (cosines - b) ** 2).sum() for b in torch.linspace(-1, 1, 40)])
+    assert (sphere_histogram(dim) - p / p.sum()).abs().max() < 1e-3
+
+
+def test_cosine_moments_are_those_of_all_pairs_and_respect_the_welch_bound():
+    v = torch.randn(60, 8) + 0.4
+    d = F.normalize(v, dim=1) @ F.normalize(v, dim=1).T
+    mean, square = cosine_moments(v)
+    assert mean == pytest.approx(d.mean().item(), abs=1e-5) and square == pytest.approx((d**2).mean().item(), abs=1e-5)
+    assert square >= 1 / 8
+    assert cosine_moments(torch.eye(8))[1] == pytest.approx(1 / 8)  # reached by an orthonormal basis
+
+
+def test_loss_alone_pulls_a_random_codebook_to_a_teacher_it_can_reach():
+    teacher = relation_histogram(torch.randn(256, 8) + torch.tensor([1.5] + [0.0] * 7))
+    codes = torch.randn(256, 8, requires_grad=True)
+    optimizer, first = torch.optim.Adam([codes], 0.02), histogram_relation_loss(codes, teacher).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = histogram_relation_loss(codes, teacher)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02 * first
+
+
+def test_loss_moves_the_semantic_codebook_alone():
+    model = GloTok(TINY)
+    histogram_relation_loss(model.codebook_sem, sphere_histogram(8)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["quantizer_sem.weight"]
+
+
+# -------------------------------------------------------------------------------------- residual module and tokenizer (8)-(13)
+
+
+def random_residuals(model):
+    """Residual modules start at zero; give them something to say."""
+    for module in (model.residual_sem, model.residual_vis):
+        torch.nn.init.normal_(module.out.weight, 0, 0.3)
+    return model
+
+
+def test_equation_10_value_and_stop_gradients():
+    model = random_residuals(GloTok(TINY)).eval()
+    x = random_images()
+    _, losses = model(x)
+    expected = 0
+    for f, q, r in zip(model.features(x), (model.quantizer_sem, model.quantizer_vis), (model.residual_sem, model.residual_vis)):
+        z = f / f.norm(dim=-1, keepdim=True)
+        codes = q.codebook[q.look_up(z)]
+        expected += ((z - codes - r(codes)) ** 2).mean()
+    assert losses["residual"].item() == pytest.approx(expected.item(), rel=1e-4)
+    losses["residual"].backward()
+    touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {"quantizer_sem", "quantizer_vis", "residual_sem", "residual_vis"}  # sg[Z]: neither encoder nor adapters
+
+
+def test_equation_10_pulls_the_codes_towards_the_features():
+    model = GloTok(TINY)  # residuals are zero here, so (10) is the first term of (1) and has its gradient
+    _, losses = model(random_images())
+    residual = torch.autograd.grad(losses["residual"], model.quantizer_sem.weight, retain_graph=True)[0]
+    quantize = torch.autograd.grad(losses["quantize"], model.quantizer_sem.weight)[0]
+    torch.testing.assert_close(residual, quantize)
+
+
+def test_decoder_gradient_reaches_the_encoder_and_the_residual_modules():
+    model = random_residuals(GloTok(TINY))
+    recon, _ = model(random_images())
+    recon.square().sum().backward()
+    for name in ("encoder.1.weight", "adapter_sem.weight", "adapter_vis.weight", "residual_sem.out.weight", "residual_vis.blocks.0.qkv.weight"):
+        assert dict(model.named_parameters())[name].grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("lambda_res", [0.5, 0.0])
+def test_encode_then_decode_is_what_forward_does(lambda_res):
+    model = GloTok(replace(TINY, lambda_res=lambda_res)).eval()
+    if lambda_res:
+        random_residuals(model)
+    x = random_images()
+    sem, vis = model.encode(x)
+    assert sem.shape == vis.shape == (2, 8, 8) and sem.dtype == vis.dtype == torch.int64
+    assert sem.max() < 16 and vis.max() < 24
+    assert torch.equal(model.decode(sem, vis), model(x)[0])
+
+
+def test_semantic_and_visual_halves_take_their_own_channels():
+    model = GloTok(TINY).eval()
+    sem, vis = torch.randn(1, 64, 8), torch.randn(1, 64, 8)
+    z = torch.cat([sem.transpose(1, 2).reshape(1, 8, 8, 8), vis.transpose(1, 2).reshape(1, 8, 8, 8)], 1)
+    torch.testing.assert_close(model.decode_latents(sem, vis), model.decoder(z))
+
+
+def test_codebooks_lie_on_the_unit_sphere():
+    model = GloTok(TINY)
+    for codes, n in ((model.codebook_sem, 16), (model.codebook_vis, 24)):
+        assert codes.shape == (n, 8)
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(n))
+
+
+def test_adapters_of_the_papers_presets_are_transformers():
+    model = GloTok(replace(TINY, adapter_layers=2))
+    assert len(model.adapter_sem.blocks) == 2
+    assert model(random_images())[0].shape == (2, 3, 16, 16)
+
+
+def test_down_sampling_pads_right_and_bottom():
+    down = glotok.Downsample(1)
+    with torch.no_grad():
+        down.conv.weight.zero_(), down.conv.bias.zero_()
+        down.conv.weight[0, 0, 0, 0] = 1  # picks the top left of each window
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(down(x), x[:, :, ::2, ::2])
+
+
+def test_paper_presets_have_the_papers_sizes():
+    c = PRESETS["imagenet256"]
+    with torch.device("meta"):
+        model = GloTok(c)
+        z = model.encoder(torch.empty(1, 3, 256, 256))
+    assert z.shape == (1, 256, 16, 16) and model.codebook_sem.shape == (4096, 8) and model.codebook_vis.shape == (12288, 8)
+    assert [m.body[2].in_channels for m in model.encoder if isinstance(m, glotok.ResBlock)] == [128, 128, 128, 128, 128, 256, 256, 256, 256, 512, 512, 512]
+    assert len(model.adapter_sem.blocks) == 6 and len(model.residual_sem.blocks) == 1
+    assert (c.bins, c.lambda_hist, c.lambda_res, c.lr, c.beta1, c.beta2, c.batch_size) == (40, 0.01, 0.5, 2e-4, 0.9, 0.95, 240)
+    assert PRESETS["imagenet256-2x"].codes_sem == PRESETS["imagenet256-2x"].codes_vis == 16384
+
+
+def test_hinge_loss():
+    assert hinge_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])).item() == pytest.approx(0.5 * (0.25 + 0.5))
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert adaptive_weight((3 * w).sum(), (w * torch.tensor([0.0, 0.5])).sum(), w).item() == pytest.approx(3 * math.sqrt(2) / 0.5, rel=1e-3)
+
+
+def test_discriminator_judges_patches():
+    net = discriminator(PRESETS["imagenet256"])
+    assert net(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in net) == 3
+
+
+# --------------------------------------------------------------------------------------------------- the generator (xAR)
+
+SMALL = replace(TINY, image_size=16, cell=4, gen_width=32, gen_layers=2, gen_heads=2, classes=3)  # 8x8 tokens, 4 cells of 4x4
+
+
+def awake(generator):
+    """Layers that start at zero would hide everything: give them weights."""
+    for p in generator.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, 0, 0.1)
+    return generator.eval()
+
+
+def test_cells_run_row_by_row_and_back():
+    x = XAR(SMALL)
+    grid = torch.arange(64.0).view(1, 1, 8, 8)
+    cells = x.cells(grid)
+    assert cells[0, 1, :, 0].tolist() == [8 * r + c for r in range(4) for c in range(4, 8)]  # the second cell is top right
+    assert cells[0, 2, 5, 0] == 8 * 5 + 1
+    z = torch.randn(2, 16, 8, 8)
+    assert torch.equal(x.grid(x.cells(z)), z)
+
+
+def test_rotary_positions_see_differences_in_both_directions():
+    x = XAR(SMALL)
+    at = lambda row, column: (row // 4 * 2 + column // 4) * 16 + row % 4 * 4 + column % 4  # token of a place in the grid
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    score = lambda a, b: (glotok.rotate(q, x.angles[a:a + 1]) * glotok.rotate(k, x.angles[b:b + 1])).sum().item()
+    assert score(at(1, 2), at(3, 7)) == pytest.approx(score(at(4, 0), at(6, 5)), abs=1e-4)  # the same (+2, +5)
+    assert abs(score(at(1, 2), at(3, 7)) - score(at(1, 2), at(3, 6))) > 1e-3 < abs(score(at(1, 2), at(3, 7)) - score(at(1, 2), at(4, 7)))
+
+
+def test_a_cell_sees_itself_and_earlier_cells_only():
+    x, z, t, labels = awake(XAR(SMALL)), torch.randn(1, 4, 16, 16), torch.rand(1, 4), torch.tensor([1])
+    before = x.velocity(z, t, labels)
+    for cell in range(4):
+        for what in ("latents", "time"):
+            z2, t2 = z.clone(), t.clone()
+            if what == "latents":
+                z2[:, cell] += 1
+            else:
+                t2[:, cell] = 1 - t2[:, cell]
+            changed = (x.velocity(z2, t2, labels) - before).abs().amax((0, 2, 3)) > 1e-5
+            assert changed.tolist() == [k >= cell for k in range(4)], (cell, what)
+
+
+def test_cached_sampling_equals_uncached():
+    x, labels = awake(XAR(replace(SMALL, stochastic=1))), torch.tensor([0, 2])
+    torch.manual_seed(3)
+    a = x.sample(labels, steps=4, guidance=2.0)
+    torch.manual_seed(3)
+    b = x.sample(labels, steps=4, guidance=2.0, cached=False)
+    assert a.shape == (2, 16, 8, 8) and a.std() > 0.1
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_is_deterministic_and_leaves_the_module_alone():
+    x, labels = awake(XAR(SMALL)), torch.tensor([0, 2])
+    state, attributes = {k: v.clone() for k, v in x.state_dict().items()}, set(vars(x))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(x.sample(labels, steps=3, guidance=1.5))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert all(torch.equal(v, x.state_dict()[k]) for k, v in state.items()) and set(vars(x)) == attributes
+
+
+def test_guidance_1_is_conditional_and_grows_over_the_cells():
+    x, labels = awake(XAR(SMALL)), torch.tensor([1])
+
+    def sample(guidance):
+        torch.manual_seed(0)
+        return x.cells(x.sample(labels, steps=3, guidance=guidance))
+
+    # by hand: the first cell with the label alone
+    torch.manual_seed(0)
+    z = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        for t, after in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
+            z = z + x.velocity(z, torch.full((1, 1), t), labels, caches=[[], []]) * (after - t)
+    torch.testing.assert_close(sample(1.0)[:, :1], z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sample(3.0)[:, :1], z, atol=1e-5, rtol=1e-4)  # 1 at the first cell whatever the guidance
+    assert (sample(3.0)[:, 1] - sample(1.0)[:, 1]).abs().max() > 1e-3
+
+
+def test_flow_loss_is_the_error_of_the_velocity():
+    x, latents = XAR(SMALL), torch.randn(4, 16, 8, 8)  # its first answer is 0 everywhere
+    torch.manual_seed(5)
+    loss = x.loss(latents, torch.tensor([0, 1, 2, 0]))
+    torch.manual_seed(5)
+    torch.randn(4, 4)  # the times
+    noise = torch.randn(4, 4, 16, 16)
+    assert loss.item() == pytest.approx(((noise - x.cells(latents)) ** 2).mean().item(), rel=1e-5)
+
+
+class GaussianVelocity(XAR):
+    """The optimal velocity for data N(m, s^2): E[eps - z_0 | z_t] in closed form."""
+
+    m, s = 0.7, 0.5
+
+    def velocity(self, z, t, labels, first=0, caches=None, keep=False):
+        t = t[:, :, None, None]
+        variance = (1 - t) ** 2 * self.s**2 + t**2
+        gap = z - (1 - t) * self.m
+        return t / variance * gap - (self.m + (1 - t) * self.s**2 / variance * gap)
+
+
+@pytest.mark.parametrize("stochastic", [1, 0])
+def test_both_samplers_carry_noise_to_a_known_gaussian(stochastic):
+    latents = GaussianVelocity(replace(SMALL, stochastic=stochastic)).sample(torch.zeros(64, dtype=torch.int64), steps=200)
+    assert latents.mean().item() == pytest.approx(0.7, abs=0.02) and latents.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_training_finds_the_velocity_of_a_known_gaussian():
+    x = XAR(SMALL)
+    optimizer = torch.optim.Adam(x.parameters(), 3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        x.loss(0.7 + 0.5 * torch.randn(16, 16, 8, 8), torch.zeros(16, dtype=torch.int64)).backward()
+        optimizer.step()
+    z, t = 0.35 + 0.3125**0.5 * torch.randn(16, 4, 16, 16), torch.full((16, 4), 0.5)  # as z_t lies at t = 1/2
+    labels = torch.zeros(16, dtype=torch.int64)
+    best = GaussianVelocity(SMALL).velocity(z, t, labels)
+    with torch.no_grad():
+        assert ((x.velocity(z, t, labels) - best) ** 2).mean() < 0.05 * best.var()
+
+
+@pytest.mark.parametrize("after, snap", [(0, 0), (1, 0), (0, 1)])
+def test_true_latents_decode_to_the_reconstruction(after, snap):
+    model = random_residuals(GloTok(replace(TINY, latent_residual=after, snap=snap))).eval()
+    sem, vis = model.encode(random_images())
+    latents = model.to_latents(sem, vis)
+    assert latents.shape == (2, 16, 8, 8)
+    torch.testing.assert_close(model.from_latents(latents), model.decode(sem, vis), atol=1e-5, rtol=1e-4)
+    if snap:
+        torch.testing.assert_close(model.from_latents(1.1 * latents), model.decode(sem, vis), atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ borrowed networks
+
+
+def test_lpips_names_shapes_and_formula():
+    net = LPIPS()
+    names = set(net.state_dict())
+    assert {"features.0.weight", "features.28.bias", "lin0.model.1.weight", "lin4.model.1.weight"} <= names and len(names) == 26 + 5
+    assert net.state_dict()["lin3.model.1.weight"].shape == (1, 512, 1, 1)
+    x, y = random_images(3, 32), random_images(3, 32)
+    expected, head = torch.zeros(3), 0
+    a, b = ((v - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1) for v in (x, y))
+    for i in range(30):
+        a, b = net.features[i](a), net.features[i](b)
+        if i in (3, 8, 15, 22, 29):
+            weight = net.state_dict()[f"lin{head}.model.1.weight"].view(1, -1, 1, 1)
+            difference = a / (a.norm(dim=1, keepdim=True) + 1e-10) - b / (b.norm(dim=1, keepdim=True) + 1e-10)
+            expected += (weight * difference**2).sum(1).mean((1, 2))
+            head += 1
+    torch.testing.assert_close(net(x, y), expected, atol=1e-5, rtol=1e-3)
+    assert net(x, x).abs().max() == 0 and net.training is False
+
+
+def test_dinov2_names_and_shapes():
+    net = DINOv2()
+    state = net.state_dict()
+    shapes = {"cls_token": (1, 1, 384), "mask_token": (1, 384), "pos_embed": (1, 1370, 384), "patch_embed.proj.weight": (384, 3, 14, 14),
+              "blocks.0.norm1.weight": (384,), "blocks.11.attn.qkv.weight": (1152, 384), "blocks.3.attn.proj.bias": (384,),
+              "blocks.5.ls1.gamma": (384,), "blocks.5.ls2.gamma": (384,), "blocks.7.mlp.fc1.weight": (1536, 384),
+              "blocks.7.mlp.fc2.bias": (384,), "norm.bias": (384,)}
+    assert all(tuple(state[k].shape) == v for k, v in shapes.items()) and len(state) == 4 + 12 * 14 + 2 + 1
+    with torch.no_grad():
+        assert net(torch.rand(2, 3, 28, 42)).shape == (2, 6, 384)
+        # a permutation of far-away patches moves their tokens only through attention: with zero scales nothing mixes
+        for b in net.blocks:
+            b["ls1"].gamma.zero_(), b["ls2"].gamma.zero_()
+        x = torch.rand(1, 3, 518, 518)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        patch = ((x[0] - mean) / std)[:, 14:28, 28:42].flatten()  # row 1, column 2
+        token = state["patch_embed.proj.weight"].flatten(1) @ patch + state["patch_embed.proj.bias"] + state["pos_embed"][0, 1 + 37 + 2]
+        torch.testing.assert_close(net(x)[0, 37 + 2], net.norm(token), atol=1e-4, rtol=1e-4)
+
+
+def test_kmeans_finds_separated_blobs():
+    middles = 20 * torch.randn(12, 5)
+    x = (middles[:, None] + 0.1 * torch.randn(12, 40, 5)).flatten(0, 1)[torch.randperm(480)]
+    centres = kmeans(x, 12)
+    assert centres.shape == (12, 5)
+    nearest = torch.cdist(middles, centres).min(1)
+    assert nearest.values.max() < 0.2 and len(set(nearest.indices.tolist())) == 12
+
+
+def test_kmeans_lowers_the_error_and_knows_too_few_points():
+    x = torch.randn(500, 3)
+    error = lambda c: torch.cdist(x, c).min(1).values.square().mean()
+    torch.manual_seed(1)
+    start = kmeans(x, 20, iterations=0)
+    torch.manual_seed(1)
+    assert error(kmeans(x, 20)) < 0.9 * error(start)
+    assert kmeans(torch.zeros(5, 2), 3).abs().sum() == 0  # equal points
+    with pytest.raises(BadInput):
+        kmeans(x[:3], 4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+def save_pictures(folder, n, size=16, offset=0, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(np.random.default_rng(i + offset).integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i:03d}{suffix}")
+    return folder
+
+
+def test_shapes_are_the_same_for_a_seed_and_differ_otherwise():
+    x, y = fid.draw_shapes(60, 32, 5)
+    again, other = fid.draw_shapes(60, 32, 5), fid.draw_shapes(60, 32, 6)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
+    assert x.shape == (60, 3, 32, 32) and x.dtype == torch.uint8 and set(y.tolist()) == set(range(6))
+
+
+def test_folder_with_classes_holds_out_a_fixed_twentieth(tmp_path):
+    save_pictures(tmp_path / "cat", 30), save_pictures(tmp_path / "dog", 30, offset=100)
+    a, b = fid.load_data(str(tmp_path), 16), fid.load_data(str(tmp_path), 16)
+    assert (len(a.train), len(a.held), a.classes) == (57, 3, ["cat", "dog"])
+    assert torch.equal(a.held, b.held)
+    every = {x.numpy().tobytes(): y.item() for x, y in zip(torch.cat([a.train, a.held]), torch.cat([a.train_labels, a.held_labels]))}
+    for label, name in enumerate(a.classes):
+        for path in (tmp_path / name).iterdir():
+            assert every[np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes()] == label
+
+
+def test_folder_with_train_and_val_uses_them(tmp_path):
+    for part, n in (("train", 4), ("val", 2)):
+        save_pictures(tmp_path / part / "a", n), save_pictures(tmp_path / part / "b", n, offset=50)
+    data = fid.load_data(str(tmp_path), 16)
+    assert (len(data.train), len(data.held)) == (8, 4) and data.held_labels.tolist() == [0, 0, 1, 1]
+    save_pictures(tmp_path / "val" / "c", 1)
+    with pytest.raises(BadInput, match="'c'"):
+        fid.load_data(str(tmp_path), 16)
+
+
+def test_flat_folder_is_one_class_and_odd_pictures_are_fitted(tmp_path, capsys):
+    save_pictures(tmp_path, 3), save_pictures(tmp_path, 2, 40, suffix=".jpg")
+    Image.new("L", (20, 50), 77).save(tmp_path / "grey.png")
+    data = fid.load_data(str(tmp_path), 16)
+    assert data.classes == [""] and len(data.train) + len(data.held) == 6
+    assert (torch.cat([data.train, data.held]) == 77).all((1, 2, 3)).sum() == 1
+    assert "3 of 6 images" in capsys.readouterr().err
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    picture, exif = Image.new("RGB", (16, 16)), Image.Exif()
+    picture.paste((255, 0, 0), (0, 0, 16, 8))  # red above
+    exif[0x0112] = 3  # stored upside down
+    save_pictures(tmp_path, 1)
+    picture.save(tmp_path / "turned.png", exif=exif)
+    data = fid.load_data(str(tmp_path), 16)
+    turned = next(x for x in torch.cat([data.train, data.held]) if x[1:].sum() == 0)
+    assert turned[0, 12, 8] == 255 and turned[0, 3, 8] == 0
+
+
+def test_one_broken_picture_in_many_is_named_and_left_out(tmp_path, capsys):
+    save_pictures(tmp_path / "a", 150)
+    whole = (tmp_path / "a" / "007.png").read_bytes()
+    (tmp_path / "a" / "007.png").write_bytes(whole[: len(whole) // 2])
+    data = fid.load_data(str(tmp_path), 16)
+    said = capsys.readouterr().err
+    assert len(data.train) + len(data.held) == 149 and "007.png" in said and "1 of 150" in said
+    (tmp_path / "a" / "008.png").write_bytes(b"not a picture")
+    with pytest.raises(BadInput, match="2 of 150"):
+        fid.load_data(str(tmp_path), 16)
+
+
+def test_npz_with_and_without_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images, labels=np.arange(40) % 3)
+    data = fid.load_data(str(tmp_path / "a.npz"), 16)
+    assert (len(data.train), len(data.held), len(data.classes)) == (38, 2, 3)
+    i = next(i for i in range(40) if (images[i].transpose(2, 0, 1) == data.held[0].numpy()).all())
+    assert data.held_labels[0] == i % 3
+    np.savez(tmp_path / "b.npz", arr_0=images)
+    assert len(fid.load_data(str(tmp_path / "b.npz"), 8).classes) == 1
+
+
+def cifar_archive(path, names=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")):
+    """A small archive of CIFAR-10's layout, two records a file: label i, red 10 i, green 20, blue by position."""
+    with tarfile.open(path, "w:gz") as archive:
+        for i, name in enumerate(names):
+            record = bytes([i]) + bytes([10 * i] * 1024) + bytes([20] * 1024) + bytes(k % 256 for k in range(1024))
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = 2 * len(record)
+            archive.addfile(info, io.BytesIO(2 * record))
+        info = tarfile.TarInfo("../../escaped.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"bad"))
+
+
+def test_cifar_records_are_read_in_place(tmp_path):
+    cifar_archive(tmp_path / "cifar.tar.gz")
+    data = fid.read_cifar10(tmp_path / "cifar.tar.gz", 32)
+    assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and data.held_labels.tolist() == [5, 5] and len(data.classes) == 10
+    assert (data.train[2, 0] == 10).all() and (data.train[2, 1] == 20).all()
+    assert data.held[0, 2].flatten().tolist() == [k % 256 for k in range(1024)]
+    assert list(tmp_path.iterdir()) == [tmp_path / "cifar.tar.gz"]  # nothing unpacked
+
+
+def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"published bytes")
+    url, digest = (tmp_path / "source").as_uri(), hashlib.sha256(b"published bytes").hexdigest()
+    monkeypatch.setitem(fid.PUBLISHED, "thing", (url, digest))
+    assert fid.fetch("thing", tmp_path / "cache").read_bytes() == b"published bytes"
+    (tmp_path / "cache" / "thing").write_bytes(b"tampered")
+    with pytest.raises(BadInput, match="SHA-256"):
+        fid.fetch("thing", tmp_path / "cache")
+    monkeypatch.setitem(fid.PUBLISHED, "other", (url, "0" * 64))
+    with pytest.raises(BadInput, match="SHA-256"):
+        fid.fetch("other", tmp_path / "cache")
+    monkeypatch.setitem(fid.PUBLISHED, "absent", ((tmp_path / "nowhere").as_uri(), digest))
+    with pytest.raises(BadInput, match=digest):  # says where to put it and how to check it
+        fid.fetch("absent", tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+def test_psnr():
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    y = x.clone()
+    y[0] += 51  # a fifth of the range: 20 log10 5
+    assert fid.psnr(x, y).tolist() == pytest.approx([20 * math.log10(5), 99], abs=1e-4)
+
+
+def test_batches_visit_every_image_once_an_epoch():
+    seen = torch.cat([train.batch_indices(10, 4, step, 0) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_vectors_are_read_from_every_kind_of_file(tmp_path):
+    v = torch.randn(9, 4)
+    np.save(tmp_path / "v.npy", v.numpy())
+    np.savez(tmp_path / "v.npz", v.numpy())
+    torch.save({"model": {"codebook": v, "bias": torch.zeros(4)}, "step": 3}, tmp_path / "v.pt")
+    torch.save({"a": v, "b": torch.randn(3, 2)}, tmp_path / "two.pth")
+    for spec in ("v.npy", "v.npz", "v.pt", "two.pth:a"):
+        assert torch.equal(train.read_vectors(str(tmp_path / spec)), v), spec
+    with pytest.raises(BadInput, match=r"a \(9, 4\), b \(3, 2\)"):
+        train.read_vectors(str(tmp_path / "two.pth"))
+
+
+def test_teacher_of_a_file_is_its_histogram(tmp_path):
+    v = torch.randn(20, 6)
+    np.save(tmp_path / "v.npy", v.numpy())
+    teacher = train.make_teacher(replace(TINY, teacher=str(tmp_path / "v.npy")), None, torch.device("cpu"))
+    np.testing.assert_allclose(teacher["histogram"], histogram_by_loops(v, 40, ALPHA), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------- commands
+
+
+def command(monkeypatch, capsys, *argv):
+    """`python train.py ARGV` in this process -> exit status, lines on standard error."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    try:
+        fid.run(train.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err.strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A 20-step run of the real command, in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = subprocess.run([sys.executable, Path(train.__file__), *FLAGS, "--out", out], capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_lowers_its_loss_and_writes_every_file(finished):
+    out, done = finished
+    assert {p.name for p in out.iterdir()} == {"config.json", "teacher.pt", "tokenizer.pt", "generator.pt", "log.jsonl", "metrics.json",
+                                               "reconstructions.png", "histogram.png", "curves.png", "samples.png"}
+    for name in ("reconstructions", "histogram", "curves", "samples"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width > 200 and len(picture.convert("RGB").getcolors(10**6)) > 5
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"psnr", "usage_sem", "usage_vis", "hist_kl", "seconds", "device"} <= set(metrics)
+    assert json.loads((out / "config.json").read_text())["preset"] == "shapes"
+    assert "tokenizer step 20/20" in done.stderr and "generator step 20/20" in done.stderr and "left" in done.stderr
+    # its figures, computed anew
+    model = GloTok(TINY).eval()
+    model.load_state_dict(torch.load(out / "tokenizer.pt", weights_only=True)["model"])
+    held = fid.draw_shapes(1000, 16, 1)[0][::50]  # 20, evenly
+    with torch.no_grad():
+        x = held.float() / 127.5 - 1
+        recon = ((model(x)[0].clamp(-1, 1) + 1) * 127.5).round()
+        sem, vis = model.encode(x)
+    mse = ((recon - held.float()) ** 2).mean((1, 2, 3))
+    assert metrics["psnr"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=0.05)
+    assert metrics["usage_sem"] == pytest.approx(len(set(sem.flatten().tolist())) / 16)
+    assert metrics["usage_vis"] == pytest.approx(len(set(vis.flatten().tolist())) / 24)
+    assert metrics["hist_kl"] == pytest.approx(histogram_relation_loss(model.codebook_sem, sphere_histogram(8)).item(), abs=1e-4)
+
+
+def test_training_lowers_the_loss(tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, capsys, *FLAGS, "--stage", "tokenizer", "--tokenizer_steps", 200, "--batch_size", 16,
+                   "--out", tmp_path / "run")[0] == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == list(range(20, 201, 20))
+    assert sum(r["recon"] for r in log[-3:]) / 3 < 0.7 * log[0]["recon"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_anywhere_a_run_resumes_to_the_same_weights(signal_number, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    real, calls = train.to_float, []
+
+    def stop_at_8(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal_number)
+        return real(*args)
+
+    monkeypatch.setattr(train, "to_float", stop_at_8)
+    status, _ = command(monkeypatch, capsys, *FLAGS, "--out", out)
+    assert status == 130 and torch.load(out / "tokenizer.pt", weights_only=True)["step"] == 8  # the step was completed first
+    monkeypatch.setattr(train, "to_float", real)
+    status, said = command(monkeypatch, capsys, "--resume", "--stage", "generator", "--out", out)
+    assert status == 2 and "stopped at step 8 of 20" in said[-1]
+    assert command(monkeypatch, capsys, "--resume", "--out", out)[0] == 0
+    for stage in ("tokenizer", "generator"):
+        a, b = (dict(train.tensors_in(torch.load(run / f"{stage}.pt", weights_only=True))) for run in (out, finished[0]))
+        assert a.keys() == b.keys() and len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished, tmp_path, monkeypatch, capsys):
+    for name in ("config.json", "teacher.pt", "tokenizer.pt", "metrics.json"):
+        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+    real, calls = XAR.loss, []
+
+    def stop(self, *args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args)
+
+    monkeypatch.setattr(XAR, "loss", stop)
+    flags = ["--resume", "--stage", "generator", "--out", tmp_path]
+    assert command(monkeypatch, capsys, *flags)[0] == 130
+    assert command(monkeypatch, capsys, *flags)[0] == 0 and len(calls) == 20
+    a, b = (dict(train.tensors_in(torch.load(run / "generator.pt", weights_only=True))) for run in (tmp_path, finished[0]))
+    assert len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
+    assert {"psnr", "generator_seconds"} <= set(json.loads((tmp_path / "metrics.json").read_text()))
+
+
+def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_lpips", lambda device: LPIPS().to(device))
+    status, said = command(monkeypatch, capsys, *FLAGS, "--image_size", 32, "--lambda_hist", 0, "--lambda_res", 0, "--lambda_perceptual", 0.1,
+                           "--lambda_adv", 0.5, "--adv_start", 10, "--adv_ramp", 5, "--disc_channels", 8, "--disc_layers", 1, "--stage", "tokenizer", "--out", tmp_path / "run")
+    assert status == 0, said
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"perceptual", "adv", "critic"} <= set(row) and "hist" not in row and row["perceptual"] != 0
+
+
+def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=fid.draw_shapes: real(n // 10, size, seed))
+    flags = [*FLAGS, "--teacher", "convnet", "--teacher_centres", 64, "--tokenizer_steps", 5, "--out", tmp_path / "run"]
+    assert command(monkeypatch, capsys, *flags)[0] == 0
+    teacher = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
+    assert teacher["histogram"].sum().item() == pytest.approx(1, abs=1e-5) and teacher["made_by"]["teacher"] == "convnet"
+    net = glotok.ConvNet(6).eval()
+    net.load_state_dict(teacher["convnet"])
+    held, labels = fid.draw_shapes(1000, 16, 1)
+    assert (net(held.float() / 127.5 - 1).argmax(1) == labels).float().mean() > 0.5  # 16 pixels, 2,000 pictures; chance is 0.17
+    monkeypatch.setattr(train, "make_teacher", None)  # resuming must not need it
+    assert command(monkeypatch, capsys, "--resume", "--tokenizer_steps", 6, "--out", tmp_path / "run")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def broken_inputs(tmp):
+    """Files that must not be accepted, below tmp."""
+    (tmp / "empty").mkdir(), save_pictures(tmp / "flat", 4), save_pictures(tmp / "single", 1)
+    save_pictures(tmp / "rotten", 10)
+    for i in range(3):
+        (tmp / "rotten" / f"{i:03d}.png").write_bytes(b"\x89PNG broken")
+    np.savez(tmp / "floats.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp / "grey.npz", np.zeros((4, 8, 8), np.uint8))
+    np.savez(tmp / "objects.npz", np.array([{}], dtype=object))
+    (tmp / "torn.npz").write_bytes((tmp / "floats.npz").read_bytes()[:200])
+    np.save(tmp / "nan.npy", np.full((4, 3), np.nan, np.float32))
+    np.save(tmp / "one.npy", np.ones((1, 3), np.float32))
+    np.save(tmp / "zero.npy", np.zeros((4, 3), np.float32))
+    np.save(tmp / "cube.npy", np.ones((4, 3, 2), np.float32))
+    np.save(tmp / "objects.npy", np.array([{}], dtype=object))
+    torch.save({"step": 3}, tmp / "none.pt")
+    torch.save(Path("/x"), tmp / "code.pt")  # a pickle of a class: weights_only refuses it
+    (tmp / "text.pt").write_text("hello")
+
+
+BAD = [
+    ("--preset cifar", "did you mean 'cifar10'"),
+    ("--lambda_hits 1", "did you mean '--lambda_hist'"),
+    ("--lambda_hist abc", "--lambda_hist"),
+    ("--lambda_hist nan", "lambda_hist is nan"),
+    ("--lambda_hist -1", "lambda_hist is -1"),
+    ("--tokenizer_steps 0", "tokenizer_steps is 0"),
+    ("--batch_size 1.5", "--batch_size"),
+    ("--image_size 31", "multiple of 2"),
+    ("--precision half", "precision"),
+    ("--stage all-of-it", "--stage"),
+    ("--data nowhere", "no data at"),
+    ("--data TMP/empty", "no images"),
+    ("--data TMP/single", "too few"),
+    ("--data TMP/rotten", "3 of 10"),
+    ("--data TMP/floats.npz", "uint8"),
+    ("--data TMP/grey.npz", "uint8"),
+    ("--data TMP/objects.npz", "cannot read"),
+    ("--data TMP/torn.npz", "cannot read"),
+    ("--data TMP/flat --teacher convnet", "one class"),
+    ("--teacher nobody", "no teacher"),
+    ("--teacher TMP/nan.npy", "not finite"),
+    ("--teacher TMP/zero.npy", "zero"),
+    ("--teacher TMP/one.npy", "n > 1"),
+    ("--teacher TMP/cube.npy", "(4, 3, 2)"),
+    ("--teacher TMP/objects.npy", "cannot read"),
+    ("--teacher TMP/none.pt", "nothing"),
+    ("--teacher TMP/code.pt", "cannot read"),
+    ("--teacher TMP/text.pt", "cannot read"),
+    ("--resume", "no run"),
+    ("--lr 1 --lambda_recon 1e9 --clip 0 --tokenizer_steps 40", "NaN"),
+]
+
+
+@pytest.mark.parametrize("words, expected", BAD, ids=[words for words, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(words, expected, tmp_path, monkeypatch, capsys):
+    broken_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if expected == "NaN":
+        monkeypatch.setattr(train, "psnr", lambda x, y: torch.zeros(1))
+        monkeypatch.setattr(train.F, "mse_loss", lambda x, y, real=F.mse_loss: real(x, y) * math.nan)
+    status, said = command(monkeypatch, capsys, *FLAGS, *words.replace("TMP", str(tmp_path)).split(), "--out", tmp_path / "run")
+    assert status == 2 and expected in said[-1] and said[-1].startswith("train.py: "), said
+    assert not any("Traceback" in line for line in said)
+    assert expected == "NaN" or not (tmp_path / "run").exists()  # nothing was begun
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, monkeypatch, capsys):
+    out, _ = finished
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for words in (FLAGS, ["--resume", "--codes_sem", 17], ["--resume", "--preset", "cifar10"]):
+        status, said = command(monkeypatch, capsys, *words, "--out", out)
+        assert status == 2 and len(said) == 1 and "another --out" in said[0], said
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def sample_command(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+    try:
+        fid.run(sample.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    return status, said.out.strip(), said.err.strip()
+
+
+def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, capsys):
+    grids = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        status, said, _ = sample_command(monkeypatch, capsys, finished[0], "--n", 10, "--classes", 3, 5, "--steps", 2, "--guidance", 2, "--seed", seed,
+                                         "--out", tmp_path / f"{name}.png")
+        assert status == 0 and "10 pictures of classes 3, 5" in said
+        grids.append((tmp_path / f"{name}.png").read_bytes())
+    assert grids[0] == grids[1] != grids[2]
+    status, said, _ = sample_command(monkeypatch, capsys, finished[0], "--reconstruct", "shapes", "--out", tmp_path / "pairs.png")
+    assert status == 0 and f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB" in said
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),
+    ("RUN --n 0", "--n 0"), ("RUN --out x.jpg", "x.jpg"), ("RUN --out old.png", "exists"), ("RUN --gidance 2", "'--guidance'"), ("BARE", "--stage generator")])
+def test_sample_refuses_bad_input(words, expected, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("old.png").write_text("precious")
+    Path("bare").mkdir()
+    for name in ("config.json", "tokenizer.pt"):
+        Path("bare", name).write_bytes((finished[0] / name).read_bytes())
+    status, _, said = sample_command(monkeypatch, capsys, *words.replace("RUN", str(finished[0])).replace("BARE", "bare").split())
+    assert status == 2 and expected in said and len(said.splitlines()) == 1 and said.startswith("sample.py: ")
+    assert Path("old.png").read_text() == "precious" and sorted(os.listdir()) == ["bare", "old.png"]
+
+
+def test_a_torn_checkpoint_is_refused(finished, tmp_path, monkeypatch, capsys):
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 500 if path.name == "tokenizer.pt" else None])
+    status, said = command(monkeypatch, capsys, "--resume", "--out", tmp_path)
+    assert status == 2 and "tokenizer.pt" in said[-1] and len((tmp_path / "tokenizer.pt").read_bytes()) == 500
+
+
+def test_the_process_itself_says_one_line(tmp_path):
+    done = subprocess.run([sys.executable, Path(train.__file__), "--preset", "shape"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_lists_every_setting(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name} " in text for name in Config.__dataclass_fields__)

@@ -6,9 +6,9 @@ A data SPEC is one of
     FOLDER     images in class sub-folders, or flat; its train/ and val/ (or test/) if it has them
     FILE.npz   its first array uint8 (N, H, W, 3), and `labels` (N,) if there are any
 """
+import argparse
 import functools
 import hashlib
-import json
 import os
 import sys
 import tarfile
@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from glotok import BadInput
+from glotok import BadInput, choose
 
 # -------------------------------------------------------------------------------------- what every script needs: small tools
-
 
 def run(main):
     """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
@@ -39,6 +38,16 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage text
+        raise BadInput(message)
+
+    def parse(self, argv):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            choose(unknown[0].split("=")[0], list(self._option_string_actions), "flag")
+            raise BadInput(f"what is {unknown[0]!r}?")
+        return args
 
 def write(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: the file is complete or absent."""
@@ -55,11 +64,6 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
-def write_json(path, value):
-    write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
 class Progress:
     """A line on standard error that overwrites itself on a terminal; elsewhere a plain line every ten seconds at most."""
 
@@ -75,6 +79,13 @@ class Progress:
         print(f"\r{line}\033[K" if tty else line, end="\n" if not tty or done >= self.total else "", file=sys.stderr, flush=True)
         self.said = now
 
+def read_arrays(path):
+    """The arrays of an .npz, or of an .npy under the name "array"; nothing in them is ever unpickled."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        return dict(file) if path.suffix == ".npz" else {"array": file}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
 
 # ------------------------------------------------------------------------------------------------------- published files
 
@@ -89,15 +100,13 @@ PUBLISHED = {  # name: (address, SHA-256)
                            "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
 }
 
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-def fetch(name, folder):
-    """Path of a published file in folder, downloaded if it is not there, its SHA-256 checked every time."""
-    (url, digest), path = PUBLISHED[name], Path(folder) / name
+def fetch(name, folder=None):
+    """Path of a published file in folder (default: torch's cache), downloaded if it is not there, its SHA-256 checked every time."""
+    (url, digest), path = PUBLISHED[name], Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
     if path.exists():
         if sha256(path) != digest:
             raise BadInput(f"{path} is not the published file (its SHA-256 should be {digest}): delete it to download it again")
@@ -118,13 +127,7 @@ def fetch(name, folder):
         raise BadInput(f"cannot download {name} ({error}): fetch {url} elsewhere and put it at {path}; SHA-256 {digest}") from None
     return path
 
-
-def weights_cache():
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 # --------------------------------------------------------------------------------------------------------------- data sets
-
 
 class Data(NamedTuple):
     """Images uint8 (N, 3, H, W), labels int64 (N,), and the held-out ones; names of the classes."""
@@ -135,7 +138,6 @@ class Data(NamedTuple):
     held_labels: torch.Tensor
     classes: list
 
-
 def load_data(spec, size, seed=0):
     """A data SPEC (above) as Data, every image size x size. Pictures of another shape are resized and centre-cropped."""
     if spec == "shapes":
@@ -143,21 +145,16 @@ def load_data(spec, size, seed=0):
     if spec == "cifar10":
         return read_cifar10(fetch("cifar-10-binary.tar.gz", "data"), size)
     path = Path(spec)
-    if path.is_dir():
-        return read_folder(path, size)
-    if path.suffix == ".npz" and path.is_file():
-        return read_npz(path, size)
-    raise BadInput(f"no data at {spec!r}: want shapes, cifar10, a folder of images, or an .npz file")
-
-
-def hold_out(images, labels, classes):
-    """A fixed twentieth, at least one image, is held out."""
+    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if held and (path / "train").is_dir():
+        train, train_labels, classes = read_all(*list_images(path / "train"), size)
+        return Data(train, train_labels, *read_all(*list_images(held, classes), size)[:2], classes)
+    images, labels, classes = read_all(*list_images(path), size)
     if len(images) < 2:
-        raise BadInput(f"{len(images)} image(s) are too few: one to train on and one to hold out is the least")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held, train = order[: max(1, len(images) // 20)].sort().values, order[max(1, len(images) // 20):].sort().values
+        raise BadInput(f"{len(images)} image(s) in {spec} are too few: one to train on and one to hold out is the least")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # a fixed twentieth is held out
+    held, train = (part.sort().values for part in order.tensor_split([max(1, len(images) // 20)]))
     return Data(images[train], labels[train], images[held], labels[held], classes)
-
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
 OUTLINES = [  # signed distance to each outline at (u, v), in radii, negative inside; |u|, v, |v| suffice
@@ -169,7 +166,6 @@ OUTLINES = [  # signed distance to each outline at (u, v), in radii, negative in
     lambda u, v, w: torch.maximum(u - 0.95, (w - 0.6).abs() - 0.28),
 ]
 
-
 def draw_shapes(n, size, seed):
     """n pictures uint8 (n, 3, size, size) and their classes int64 (n,); the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
@@ -177,8 +173,7 @@ def draw_shapes(n, size, seed):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
     radius = uniform(0.28, 0.38, 1, 1) * size
     x, y = (radius + 1 + uniform(0, 1, 1, 1) * (size - 2 * radius - 2) for _ in range(2))
-    # background: a gradient between two colours; the shape: of four colours the one that differs most from both
-    back = uniform(0, 1, 2, 3)
+    back = uniform(0, 1, 2, 3)  # the background: a gradient between two colours; the shape: of four colours the one furthest from both
     back[:, 1] = back[:, 0] + 0.6 * (back[:, 1] - back[:, 0])
     colours = uniform(0, 1, 4, 3)
     contrast = (colours[:, :, None] - back[:, None]).abs().sum(3).amin(2)  # (n, 4)
@@ -194,144 +189,103 @@ def draw_shapes(n, size, seed):
             images[part] = (255 * torch.lerp(ground, colour[part, :, None, None], cover)).round().byte()
     return images, labels
 
-
 def read_cifar10(path, size):
     """CIFAR-10's binary archive: records of a label byte and 3 x 32 x 32 colour bytes, read without unpacking."""
-    parts = {}
+    parts, classes = {}, "airplane automobile bird cat deer dog frog horse ship truck".split()
     with tarfile.open(path) as archive:
         for member in archive:
-            name = member.name.removeprefix("cifar-10-batches-bin/")
-            if member.isfile() and name in {"test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))}:
-                parts[name] = torch.from_numpy(np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073).copy())
-    train, held = torch.cat([parts[f"data_batch_{i}.bin"] for i in range(1, 6)]), parts["test_batch.bin"]
-    pictures = lambda records: fit(records[:, 1:].view(-1, 3, 32, 32), size, path)
-    return Data(pictures(train), train[:, 0].long(), pictures(held), held[:, 0].long(),
-                ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
+            if member.isfile() and member.name.endswith(".bin"):
+                parts[Path(member.name).name] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
+    read = lambda names: read_all("CIFAR-10", (r := np.concatenate([parts[f"{n}.bin"] for n in names]))[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1),
+                                  torch.from_numpy(r[:, 0].astype(np.int64)), classes, size)
+    return Data(*read([f"data_batch_{i}" for i in range(1, 6)])[:2], *read(["test_batch"]))
 
-
-def read_arrays(path):
-    """The arrays of an .npz, or of an .npy under the name "array"; nothing in them is ever unpickled."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        return dict(file) if path.suffix == ".npz" else {"array": file}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-
-
-def read_npz(path, size):
-    """An .npz whose first array is uint8 (N, H, W, 3), with optional integer `labels` (N,)."""
+def list_images(path, classes=None):
+    """A folder or an .npz -> its name, its images (files, sorted, or one array (N, H, W, 3)), their labels, the names of the classes:
+    `classes`, else the first-level sub-folders (one class if there are none) or the numbers up to the highest label."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp"} and p.name[0] != ".")
+        names = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
+        classes = classes or sorted(set(names))
+        if strange := sorted(set(names) - set(classes)):
+            raise BadInput(f"{path} has a class that train/ has not: {strange[0]!r}")
+        if not files:
+            raise BadInput(f"no images (.png, .jpg, .jpeg, .webp, .bmp) in {path}")
+        position = {name: i for i, name in enumerate(classes)}
+        return path, files, torch.tensor([position[name] for name in names]), classes
+    if path.suffix != ".npz" or not path.is_file():
+        raise BadInput(f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file")
     arrays = read_arrays(path)
     labels = arrays.pop("labels", None)
     images = next(iter(arrays.values()), np.zeros(0))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise BadInput(f"{path}: the first array must be uint8 (N, H, W, 3), and is {images.dtype} {images.shape}")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu" or len(labels) and labels.min() < 0):
+    labels = np.zeros(len(images), int) if labels is None else labels
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise BadInput(f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} {labels.shape}")
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else torch.from_numpy(labels.astype(np.int64))
-    classes = [str(i) for i in range(int(labels.max()) + 1 if len(labels) else 1)]
-    return hold_out(fit(torch.from_numpy(images).permute(0, 3, 1, 2), size, path), labels, classes)
+    return path, images, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max(initial=0) + 1)]
 
-
-def fit(images, size, where):
-    """uint8 (N, 3, H, W) -> (N, 3, size, size)."""
-    if images.shape[2:] == (size, size):
-        return images.contiguous()
-    print(f"note: the images of {where} are {images.shape[3]}x{images.shape[2]}: resized and centre-cropped to {size}x{size}", file=sys.stderr)
-    return torch.stack([torch.from_numpy(fit_picture(Image.fromarray(x.permute(1, 2, 0).numpy()), size)) for x in images])
-
-
-def fit_picture(picture, size):
-    """PIL image -> uint8 (3, size, size): RGB, the largest centred square, resized bicubically with antialiasing."""
-    picture = picture.convert("RGB")
-    if picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).transpose(2, 0, 1).copy()
-
-
-def list_images(folder):
-    """Image files below folder, sorted, with their classes (first-level sub-folders; one class if there are none)."""
+def decode(item):
+    """A file or an array (H, W, 3) -> an upright RGB picture, or why not."""
     try:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp"} and p.name[0] != ".")
-    except OSError as error:
-        raise BadInput(f"cannot read {folder}: {error.strerror}") from None
-    if not files:
-        raise BadInput(f"no images (.png, .jpg, .jpeg, .webp, .bmp) in {folder}")
-    return files, [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item)
+        with Image.open(item) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+        return f"{item} ({' '.join(str(error).split())})"
 
+def read_all(where, items, labels, classes, size, tolerated=0.01):
+    """Decode items in parallel -> uint8 (N, 3, size, size), their labels, the classes. Pictures of another size: the largest centred
+    square, resized bicubically with antialiasing. Unreadable ones are named and left out; more than a share `tolerated` is an error."""
+    images, bad, resized = torch.empty(len(items), 3, size, size, dtype=torch.uint8), {}, 0
 
-def read_folder(folder, size):
-    """A folder of images as Data. Unreadable ones are named and left out; more than 1 % of them is an error."""
-    held_folder = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir() or not held_folder:
-        files, names = list_images(folder)
-        classes = sorted(set(names))
-        return hold_out(*read_files(files, torch.tensor([classes.index(n) for n in names]), size, folder), classes)
-    (files, names), (held_files, held_names) = list_images(folder / "train"), list_images(held_folder)
-    classes = sorted(set(names))
-    if strange := sorted(set(held_names) - set(classes)):
-        raise BadInput(f"{held_folder} has a class that train/ has not: {strange[0]!r}")
-    position = {name: i for i, name in enumerate(classes)}
-    return Data(*read_files(files, torch.tensor([position[n] for n in names]), size, folder / "train"),
-                *read_files(held_files, torch.tensor([position[n] for n in held_names]), size, held_folder), classes)
+    def read(i):
+        if isinstance(picture := decode(items[i]), str):
+            bad[i] = picture
+            return False
+        other = picture.size != (size, size)
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC) if other else picture
+        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return other
 
-
-def read_files(files, labels, size, folder):
-    """Decode files in parallel -> uint8 (N, 3, size, size) and the labels of those that could be read."""
-    images, bad, resized = torch.empty(len(files), 3, size, size, dtype=torch.uint8), [], 0
-
-    def decode(i):
-        try:
-            with Image.open(files[i]) as picture:
-                images[i] = torch.from_numpy(fit_picture(ImageOps.exif_transpose(picture), size))
-                return picture.size != (size, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
-            bad.append((i, " ".join(str(error).split())))
-
-    progress = Progress(f"reading {folder}", len(files))
+    progress = Progress(f"reading {where}", len(items))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, other in enumerate(pool.map(decode, range(len(files))), 1):
-            resized += bool(other)
-            if len(files) > 5000:
+        for done, other in enumerate(pool.map(read, range(len(items))), 1):
+            resized += other
+            if len(items) > 5000:
                 progress(done)
-    if bad:
-        listed = "; ".join(f"{files[i]} ({why})" for i, why in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
-        if len(bad) > 0.01 * len(files):
-            raise BadInput(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {listed}")
-        print(f"note: {len(bad)} of {len(files)} images in {folder} cannot be read and are left out: {listed}", file=sys.stderr)
-    if resized:
-        print(f"note: {resized} of {len(files)} images in {folder} are not {size}x{size}: resized and centre-cropped", file=sys.stderr)
-    keep = torch.ones(len(files), dtype=torch.bool)
-    keep[[i for i, _ in bad]] = False
-    return (images[keep], labels[keep]) if bad else (images, labels)
-
+    what = f"of {len(items)} images in {where}"
+    listed = "; ".join(bad[i] for i in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
+    if len(bad) > tolerated * len(items):
+        raise BadInput(f"{len(bad)} {what} cannot be read: {listed}")
+    for n, text in ((len(bad), f"cannot be read and are left out: {listed}"), (resized, f"are not {size}x{size}: resized and centre-cropped")):
+        if n:
+            print(f"note: {n} {what} {text}", file=sys.stderr)
+    keep = [i for i in range(len(items)) if i not in bad]
+    return (images[keep], labels[keep], classes) if bad else (images, labels, classes)
 
 # ------------------------------------------------------------------------------------------------- from images to batches
-
 
 def to_float(images, device, flip=False):
     """uint8 (B, 3, H, W) -> float in [-1, 1], each mirrored with probability 1/2 if flip."""
     x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1
     return torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x) if flip else x
 
-
 def to_uint8(x):
     """float in [-1, 1], clipped -> uint8, rounded."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
-
 @functools.lru_cache(2)
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 
 def batch_indices(n, batch, step, seed):
     """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
     at = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
 
-
 # --------------------------------------------------------------------------------------------------------------- measures
-
 
 def psnr(x, y):
     """Peak signal-to-noise ratio of uint8 images (N, C, H, W), dB, each image's own: (N,). Equal images: 99."""

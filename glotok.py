@@ -10,31 +10,31 @@ pre-trained model. A one-block transformer predicts what quantization threw away
                                        codebook C_sem follows the teacher's histogram (eq. 7); C_vis is free
 
 Read in this order: configuration, quantizer (1), histogram relation loss (4)-(7), residual module (8)-(12), the tokenizer,
-its losses (2), (3), (13). Borrowed networks (encoder, decoder, discriminator, LPIPS, DINOv2) and k-means come last.
+its losses (2), (3), (13). Borrowed networks (encoder, decoder, discriminator, LPIPS, DINOv2), k-means and t-SNE come last.
 Equation numbers are the paper's. "Paper silent" marks what the paper leaves open and we chose; "departs" what we do otherwise.
 The scripts beside this file: train.py trains, sample.py makes pictures, fid.py reads data and measures.
 """
 import difflib
+import json
 import math
+import pickle
+import zipfile
 from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.stats import gaussian_kde
 from torch.autograd.function import once_differentiable
-
 
 class BadInput(ValueError):
     """What the user gave cannot be used. The scripts print its one line and exit with status 2."""
 
-
 # ------------------------------------------------------------------------------------------------------- configuration
-
 
 def setting(default, help, low=0, high=1e9):
     """A field of Config: its default, one line of help for the command line, and its permitted range (numbers only)."""
     return field(default=default, metadata=dict(help=help, low=low, high=high))
-
 
 @dataclass(frozen=True)
 class Config:
@@ -101,7 +101,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
     revive_every: int = setting(20, "steps between revivals of unused codes; 0 never revives")
     flip: int = setting(1, "1: mirror half of the training images", 0, 1)
-    precision: str = setting("auto", "float32, bf16, or auto: bf16 where the hardware multiplies it natively")
+    precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
     eval_images: int = setting(1000, "held-out images that the final figures are taken on", 1)
     save_every: int = setting(200, "steps between checkpoints", 1)
     seed: int = setting(0, "seed of weights, data order and built-in data", 0, 2**31)
@@ -131,7 +131,6 @@ class Config:
     def grid(self):  # tokens in each direction
         return self.image_size // self.factor
 
-
 PRESETS = {
     "shapes": Config(),
     "cifar10": Config(
@@ -152,14 +151,12 @@ PRESETS = {
 }
 PRESETS["imagenet256-2x"] = Config(**{**PRESETS["imagenet256"].__dict__, "codes_sem": 16384, "codes_vis": 16384})
 
-
 def choose(name, options, what):
     """options[name]; BadInput naming the nearest option if there is none."""
     if name not in options:
         near = difflib.get_close_matches(name, options, 1, 0)
         raise BadInput(f"no {what} {name!r}; did you mean {near[0]!r}? There are: {', '.join(options)}")
     return options[name]
-
 
 # -------------------------------------------------------------------------------------------------------- quantizer (1)
 #
@@ -175,11 +172,9 @@ def choose(name, options, what):
 # beta < 1 because the codebook should do most of the walking. (A widely copied bug has beta on the first term.) The
 # decoder's gradient crosses the gap unchanged, "straight through": forward Zhat, backward the identity onto Z.
 
-
 def straight_through(z, codes):
     """Value of codes, gradient of z. Written so that the value is exact: z - sg[z] is 0, while z + (codes - z) rounds."""
     return codes.detach() + (z - z.detach())
-
 
 class Quantizer(nn.Module):
     """Cosine look-up in a codebook of n unit vectors of dimension d."""
@@ -226,7 +221,6 @@ class Quantizer(nn.Module):
         self.weight[dead] = pick[dead]
         self.hits.zero_()
 
-
 # ----------------------------------------------------------------------------------- histogram relation loss (4)-(7)
 #
 # How do the vectors of a codebook lie to one another? Take all pairwise cosines, each code with itself included,
@@ -250,10 +244,8 @@ class Quantizer(nn.Module):
 # alpha = 1 / w^2 leaves a ripple of 2 exp(-pi^2) = 1e-4. A larger alpha ripples (alpha = 4 / w^2: 17 %), a smaller one blurs.
 ALPHA = ((40 - 1) / 2) ** 2  # 380.25 = 1 / w^2 at the paper's N = 40 bins
 
-
 def bin_centres(bins, like):
     return torch.linspace(-1, 1, bins, dtype=like.dtype, device=like.device)  # (5)
-
 
 def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
     """Eqs. (4)-(6) as printed: codes (n, d) float -> (bins,), sum 1. The reference; memory M * bins (21 GB at n = 16,384)."""
@@ -262,7 +254,6 @@ def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
     similarity = (t @ t.T)[i, j]  # (4)  (M,)
     p = torch.exp(-alpha * (similarity[:, None] - bin_centres(bins, t)) ** 2).sum(0)  # (6)  (bins,)
     return p / p.sum()
-
 
 # The same in a hundredth of the time. All M similarities act through N numbers, and each is acted upon by one scalar:
 #
@@ -278,7 +269,6 @@ def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
 # 2^-18 * max |f'| = 2^-18 * sqrt(2 alpha / e) = 6.4e-5, and far less on average, as signs cancel.
 COARSE, FINE, TILE = 2**12, 2**18, 2**20
 
-
 def similarity_tiles(t):
     """Unit vectors t (n, d) -> for each band of rows: its first and last row, and the cells (rows, n - first) of its
     similarities with all vectors from the band's first on (the upper triangle, and the band's square twice)."""
@@ -287,10 +277,8 @@ def similarity_tiles(t):
         # cell = round((D + 1) FINE / 2): one scaled product, 0.5 for rounding, then truncation
         yield a, min(a + rows, len(t)), torch.addmm(t.new_full((1,), FINE / 2 + 0.5), t[a:a + rows] * (FINE / 2), t[a:].T).int()
 
-
 def between(like):  # where the FINE cells lie between two COARSE points: 0, 1/64, .. 63/64
     return torch.arange(FINE // COARSE, device=like.device) * (COARSE / FINE)
-
 
 class SmoothedHistogram(torch.autograd.Function):
     """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
@@ -330,13 +318,11 @@ class SmoothedHistogram(torch.autograd.Function):
                 out[b:] += g[:, b - a:].T @ t[a:b]
         return out, None, None  # i = j is left at half its gradient: radial, so the normalisation removes it
 
-
 def relation_histogram(codes, bins=40, alpha=ALPHA):
     """Eqs. (4)-(6), fast: codes (n, d) float -> (bins,) float32, sum 1, differentiable once. float32 under autocast, too."""
     with torch.autocast(codes.device.type, enabled=False):
         p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)
         return p / p.sum()
-
 
 # Eq. (7) is written L_hist = KL(log P_s || sg[P_t]), the way torch's kl_div takes its arguments. Its value is
 #
@@ -349,23 +335,19 @@ def relation_histogram(codes, bins=40, alpha=ALPHA):
 # near-orthogonal. A teacher of mean squared cosine below 1/d (1/8 here) leaves a KL above zero whatever we do; train.py
 # prints both numbers. The mean cosine, |mean of T|^2, is free in [0, 1].
 
-
 def kl_divergence(p, q):
     """KL(p || q) of two histograms (bins,); empty bins count as 1e-10."""
     p, q = p.clamp_min(1e-10), q.clamp_min(1e-10)
     return (p * (p.log() - q.log())).sum()
 
-
 def histogram_relation_loss(codes, teacher):
     """Eq. (7): student codes (n, d), teacher histogram (bins,) with sum 1 -> scalar, in nats."""
     return kl_divergence(teacher.detach(), relation_histogram(codes, len(teacher)))
-
 
 def cosine_moments(vectors):
     """Mean and mean square of all n^2 cosines of vectors (n, d), without forming them."""
     t = F.normalize(vectors.double(), dim=1)
     return t.mean(0).square().sum().item(), ((t.T @ t).square().sum() / len(t) ** 2).item()
-
 
 def sphere_histogram(dim, bins=40, alpha=ALPHA):
     """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of `dim` >= 2 dimensions.
@@ -376,7 +358,6 @@ def sphere_histogram(dim, bins=40, alpha=ALPHA):
     f = torch.exp(-alpha * (theta.cos() - bin_centres(bins, theta)[:, None]) ** 2)
     p = f @ theta.sin() ** (dim - 2)
     return (p / p.sum()).float()
-
 
 # -------------------------------------------------------------------------------------- the residual module (8)-(12)
 #
@@ -393,7 +374,6 @@ def sphere_histogram(dim, bins=40, alpha=ALPHA):
 # encoder would be pushed along +(Z - Zhat - Zres), away from its own code: the opposite of commitment. So Zhat here, and
 # as the input of R, is the code vector itself: eq. (10) moves R and the codebook, never the encoder. Paper silent: squared
 # norms, averaged over elements, as in eq. (1).
-
 
 class Block(nn.Module):
     """A pre-norm transformer block, (B, T, width) -> the same: attention, then SwiGLU of 2/3 * 4 width.
@@ -430,7 +410,6 @@ class Block(nn.Module):
         gate, up = self.mlp_in(F.rms_norm(x, (W,)) * (1 + scale2) + shift2).chunk(2, dim=-1)
         return x + gate2 * self.mlp_out(F.silu(gate) * up)
 
-
 class Transformer(nn.Module):
     """Linear, learned positions, blocks, linear: tokens (B, T, d_in) -> (B, T, d_out). Adapters and residual modules.
 
@@ -446,9 +425,7 @@ class Transformer(nn.Module):
         x = self.blocks(self.into(x) + self.position)
         return self.out(F.rms_norm(x, x.shape[-1:]))
 
-
 # ----------------------------------------------------------------------------------------------------- the tokenizer
-
 
 class GloTok(nn.Module):
     """The tokenizer of figure 2. Grids are (B, h, w) with h = w = config.grid; images float (B, 3, H, W) in [-1, 1]."""
@@ -498,13 +475,16 @@ class GloTok(nn.Module):
         z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
         return self.decoder(z.unflatten(2, (self.config.grid, self.config.grid))).float()
 
+    def composite(self, sem, vis, residual=True):
+        """Indices (B, h, w) -> the two halves of the composite latent, (B, T, d) each: code vectors, plus their residuals."""
+        c_sem, c_vis = F.embedding(sem.flatten(1), self.codebook_sem), F.embedding(vis.flatten(1), self.codebook_vis)
+        r_sem, r_vis = self.residuals(c_sem, c_vis) if residual else (0, 0)
+        return c_sem + r_sem, c_vis + r_vis  # (12), (11)
+
     def to_latents(self, sem, vis):
         """Indices (B, h, w) -> what the generator learns, (B, 2 * code_dim, h, w): codes, or with the residual added."""
-        c_sem, c_vis = F.embedding(sem.flatten(1), self.codebook_sem), F.embedding(vis.flatten(1), self.codebook_vis)
-        if self.config.latent_residual:
-            r_sem, r_vis = self.residuals(c_sem, c_vis)
-            c_sem, c_vis = c_sem + r_sem, c_vis + r_vis
-        return torch.cat([c_sem, c_vis], dim=2).transpose(1, 2).unflatten(2, sem.shape[1:])
+        z = torch.cat(self.composite(sem, vis, self.config.latent_residual), dim=2)
+        return z.transpose(1, 2).unflatten(2, sem.shape[1:])
 
     def from_latents(self, latents):
         """Generated latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W)."""
@@ -532,10 +512,7 @@ class GloTok(nn.Module):
 
     def decode(self, sem, vis):
         """Semantic and visual indices (B, h, w) -> images: what forward reconstructs from the same indices."""
-        c_sem, c_vis = F.embedding(sem.flatten(1), self.codebook_sem), F.embedding(vis.flatten(1), self.codebook_vis)
-        r_sem, r_vis = self.residuals(c_sem, c_vis)
-        return self.decode_latents(c_sem + r_sem, c_vis + r_vis)
-
+        return self.decode_latents(*self.composite(sem, vis))
 
 # ------------------------------------------------------------------------------------------------- the losses (2), (3), (13)
 #
@@ -546,17 +523,14 @@ class GloTok(nn.Module):
 # train.py adds them up in one line. L_P is LPIPS (below). L_G = -mean D(xhat) with a patch discriminator D, which itself
 # minimises the hinge loss: real patches above 1, false ones below -1, no credit for more.
 
-
 def hinge_loss(real, fake):
     """The discriminator's loss from its logits on real and reconstructed images -> scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
 
 def adaptive_weight(recon_loss, adv_loss, last_layer):
     """VQGAN: the factor for L_G that makes its gradient at the decoder's last layer as large as that of L_R and L_P."""
     of_recon, of_adv = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (recon_loss, adv_loss))
     return (of_recon / (of_adv + 1e-4)).clamp(max=1e4).detach()
-
 
 # ------------------------------------------------------------------------------- the generator: xAR (section 3.4)
 #
@@ -576,13 +550,11 @@ def adaptive_weight(recon_loss, adv_loss, last_layer):
 # every cell at its own t and lets cell k see the noisy ones: a model that has learned to work from a damaged context is not
 # thrown off by its own mistakes. One pass under a block-causal mask trains all cells.
 
-
 def rotate(x, angles):
     """Rotary positions: turn each pair of channels of x (B, heads, T, D) by angles (T, D / 2)."""
     a, b = x.float().unflatten(3, (-1, 2)).unbind(4)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=4).flatten(3).to(x.dtype)
-
 
 class XAR(nn.Module):
     """The generator. Latents are (B, 2 * code_dim, h, w), h = w = config.grid, of about unit deviation; labels int64 (B,)."""
@@ -675,17 +647,56 @@ class XAR(nn.Module):
             done = torch.cat([done, z], dim=1)
         return self.grid(done)
 
+# ------------------------------------------------------------------------------------------------------- reading a run
+
+def load_config(out):
+    """The Config of the run in folder `out`, and the name of its preset."""
+    try:
+        saved = json.loads((out / "config.json").read_text())
+        preset = saved.pop("preset")
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}), preset
+    except FileNotFoundError:
+        raise BadInput(f"no run in {out}: there is no {out / 'config.json'}") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"{out / 'config.json'} is not a run's settings: {error}") from None
+
+def load_checkpoint(path, device="cpu"):
+    """A file of tensors and plain values; never runs code from it."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise BadInput(f"cannot read {path}: {(str(error) or 'damaged').splitlines()[0]}") from None
+
+def restore(path, parts, device):
+    """Load the states in a checkpoint into parts, {name: module or optimizer}; -> everything in the checkpoint."""
+    saved = load_checkpoint(path, device)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} does not fit the settings in config.json beside it: {str(error).splitlines()[0]}") from None
+    return saved
+
+def load_run(folder, device, generator=False):
+    """What train.py left in `folder` -> the tokenizer; with `generator` also the generator (its moving average), and the deviation
+    that its latents were divided by."""
+    model = GloTok(load_config(folder)[0]).to(device)
+    restore(folder / "tokenizer.pt", {"model": model}, device)
+    if not generator:
+        return model.eval()
+    if not (folder / "generator.pt").exists():
+        raise BadInput(f"{folder} has no generator yet: python train.py --stage generator --resume --out {folder}")
+    average = XAR(model.config).to(device)
+    scale = restore(folder / "generator.pt", {"ema": average}, device)["kept"]
+    return model.eval(), average.eval(), scale
 
 # ----------------------------------------------------------------------- appendix: VQGAN's encoder and decoder
-
 
 def conv(c_in, c_out, kernel=3, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
 
-
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
 
 class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), (B, c_in, H, W) -> (B, c_out, H, W)."""
@@ -699,7 +710,6 @@ class ResBlock(nn.Module):
     def forward(self, x):
         return self.skip(x) + self.body(x)
 
-
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of (B, c, H, W)."""
 
@@ -711,7 +721,6 @@ class SpatialAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, H * W, c)
         return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
-
 class Downsample(nn.Module):
     """Halve (B, c, H, W). The pad is right and bottom alone, (0, 1, 0, 1): with stride 2 a symmetric one shifts the grid."""
 
@@ -722,16 +731,13 @@ class Downsample(nn.Module):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
 def middle(channels):
     return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
-
 
 def level(c_in, c_out, blocks, lowest):
     """The residual blocks of one resolution; at the lowest each is followed by attention."""
     return [layer for i in range(blocks)
             for layer in [ResBlock(c_in if i == 0 else c_out, c_out)] + ([SpatialAttention(c_out)] if lowest else [])]
-
 
 def encoder(c):
     """Images (B, 3, H, W) -> Z (B, z_channels, h, w)."""
@@ -742,7 +748,6 @@ def encoder(c):
         layers += [Downsample(width)] if i < last else []
     return nn.Sequential(*layers, *middle(width), group_norm(width), nn.SiLU(), conv(width, c.z_channels))
 
-
 def decoder(c):
     """Composite latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W), not clipped."""
     widths = [c.channels * m for m in c.channel_mult][::-1]
@@ -752,9 +757,7 @@ def decoder(c):
         layers += [nn.Upsample(scale_factor=2), conv(width, width)] if i < len(widths) - 1 else []  # nearest
     return nn.Sequential(*layers, group_norm(width), nn.SiLU(), conv(width, 3 * c.patch**2), nn.PixelShuffle(c.patch))
 
-
 # ------------------------------------------------------------------------------- appendix: discriminator, LPIPS, DINOv2
-
 
 def discriminator(c):
     """PatchGAN: images (B, 3, H, W) -> a logit for each overlapping patch, (B, 1, H', W')."""
@@ -767,7 +770,6 @@ def discriminator(c):
         if p.dim() == 4:
             nn.init.normal_(p, 0, 0.02)
     return net
-
 
 class LPIPS(nn.Module):
     """Zhang et al. 2018, on VGG16: images x, y (B, 3, H, W) in [-1, 1] -> distances (B,). State-dict names as published:
@@ -799,7 +801,6 @@ class LPIPS(nn.Module):
                 distance = distance + getattr(self, f"lin{head}")["model"][1]((a - b) ** 2).mean((1, 2, 3))
                 head += 1
         return distance
-
 
 class DINOv2(nn.Module):
     """DINOv2 ViT-S/14: RGB in [0, 1], (B, 3, H, W), H and W multiples of 14 -> patch tokens after the last norm
@@ -840,9 +841,7 @@ class DINOv2(nn.Module):
             x = x + b["ls2"].gamma * b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x))))
         return self.norm(x)[:, 1:]
 
-
 # --------------------------------------------------------------------------- appendix: the offline teacher, k-means
-
 
 class ConvNet(nn.Module):
     """A small classifier, trained on the labels in under a minute: a stand-in for a pre-trained vision model.
@@ -861,7 +860,6 @@ class ConvNet(nn.Module):
 
     def forward(self, x):
         return self.head(F.relu(self.features(x)).mean((2, 3)))
-
 
 def kmeans(x, k, iterations=20):
     """Centres (k, d) of points x (n, d), n >= k: k-means++ start, then Lloyd's iterations. Draws from the global generator.
@@ -883,3 +881,46 @@ def kmeans(x, k, iterations=20):
         total = torch.zeros_like(centres).index_add_(0, nearest, x)
         centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centres)
     return centres
+
+# ------------------------------------------------------------------------- appendix: how evenly latents lie (table 3)
+
+def tsne(x, perplexity=30.0, steps=1000):
+    """t-SNE (van der Maaten and Hinton 2008), exact: points x (n, d) -> (n, 2). Memory 4 n^2 floats. Random start: global generator.
+
+    p_ij: how probably i and j pick each other as neighbours, Gaussian in their distance, each point with a width of its own that
+    gives it `perplexity` neighbours (the exponential of the entropy). q_ij: the same in the plane, with weights
+    w = 1 / (1 + distance^2). Descend KL(p || q), whose gradient is 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j)."""
+    x, n, p = x.float(), len(x), []
+    for at in torch.arange(n, device=x.device).split(1000):
+        d = torch.cdist(x[at], x, compute_mode="donot_use_mm_for_euclid_dist").square()
+        d[torch.arange(len(at)), at] = torch.inf  # nobody is a neighbour of itself
+        low, high = x.new_full((len(at), 1), -50), x.new_full((len(at), 1), 50)  # of the log precision, halved until found
+        for _ in range(40):
+            middle = (low + high) / 2
+            share = torch.softmax(-middle.exp() * d, dim=1)
+            wide = torch.special.entr(share).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
+            low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+        p.append(share)
+    p = torch.cat(p)
+    p = (p + p.T) / (2 * n)
+    y = 1e-4 * torch.randn(n, 2, device=x.device)
+    speed, gain = torch.zeros_like(y), torch.ones_like(y)
+    for step in range(steps):
+        early = step < steps // 4  # exaggerated p and little momentum at first: clusters form before they settle
+        w = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").square_().add_(1).reciprocal_().fill_diagonal_(0)
+        force = torch.sub(p, w / w.sum(), alpha=1 / 12).mul_(12 * w) if early else (p - w / w.sum()).mul_(w)
+        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
+        gain = torch.where(gradient * speed > 0, 0.8 * gain, gain + 0.2).clamp_min(0.01)  # larger steps while the sign persists
+        speed = (0.5 if early else 0.8) * speed - max(n / 48, 50) * gain * gradient
+        y = y + speed
+    return y
+
+def uniformity(points):
+    """Table 3 of points (n, 2): their Gaussian kernel density at the points themselves -> {"density_cv": std / mean,
+    "normalized_entropy": that of the shares, over log n, "gini": mean absolute difference / (2 mean)}. 0, 1, 0: perfectly even."""
+    at = points.double().T.cpu().numpy()
+    density = torch.from_numpy(gaussian_kde(at)(at)).sort().values  # Scott's bandwidth
+    n, share = len(density), density / density.sum()
+    return {"density_cv": (density.std(correction=0) / density.mean()).item(),
+            "normalized_entropy": (torch.special.entr(share).sum() / math.log(n)).item(),
+            "gini": ((2 * torch.arange(1, n + 1) - n - 1) * share).sum().item() / n}

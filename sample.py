@@ -1,162 +1,146 @@
-"""Pictures of a run.
+"""Pictures and figures of a run.
 
     python sample.py runs/shapes --n 64 --guidance 2 --steps 25 --seed 1 --out grid.png     # new images
+    python sample.py runs/shapes --n 10000 --out samples.npz                                # for fid.py and ADM's evaluator
     python sample.py runs/shapes --reconstruct shapes --out pairs.png                       # originals over reconstructions, PSNR
+    python sample.py runs/shapes --retain shapes --out halves.png                           # figure 4: what each half carries
+    python sample.py runs/shapes --uniformity shapes --out scatter.png                      # table 3: how evenly latents lie
 """
 import argparse
-import json
-import pickle
-import zipfile
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fid import Progress, load_data, psnr, run, to_float, to_uint8, write
-from glotok import XAR, BadInput, Config, GloTok, choose
+from fid import Parser, Progress, load_data, psnr, run, sha256, to_float, to_uint8, write
+from glotok import BadInput, load_config, load_run, tsne, uniformity
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
-INK, PAPER, COLOURS = (30, 30, 30), (255, 255, 255), [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (120, 120, 120)]
-
+INK, RULE, COLOURS = (30, 30, 30), (225, 225, 225), ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878", "#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
 
 def grid(path, rows, title=""):
     """rows: a list of (label, uint8 (n, 3, H, W)) -> a PNG, one labelled row each, small pictures enlarged."""
-    h, w = rows[0][1].shape[2:]
-    zoom = max(1, 64 // h)
-    font, left, top, gap = ImageFont.load_default(14), 8 + 8 * max(len(label) for label, _ in rows), 28 if title else 4, 4
-    h, w = h * zoom + gap, w * zoom + gap
-    canvas = Image.new("RGB", (left + w * max(len(x) for _, x in rows), top + h * len(rows)), PAPER)
+    font, gap, side = ImageFont.load_default(14), 4, max(64, rows[0][1].shape[3])
+    left, top = 8 + max(int(font.getlength(label)) for label, _ in rows), 28 if title else gap
+    canvas = Image.new("RGB", (left + (side + gap) * max(len(x) for _, x in rows), top + (side + gap) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((8, 6), title, INK, font)
+    draw.text((4, 6), title, INK, font)
     for r, (label, images) in enumerate(rows):
-        draw.text((4, top + r * h + h // 2 - 10), label, INK, font)
+        draw.text((4, top + r * (side + gap) + side // 2), label, INK, font, anchor="lm")
         for i, image in enumerate(images):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            canvas.paste(picture.resize((w - gap, h - gap), Image.Resampling.NEAREST), (left + i * w, top + r * h))
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + i * (side + gap), top + r * (side + gap)))
     write(Path(path), lambda file: canvas.save(file, "PNG"))
-
 
 def spread(n, k):
     """Up to k positions, evenly over range(n): folders come sorted by class."""
     return torch.arange(min(n, k)) * n // min(n, k)
 
-
 def grid_of_pairs(path, images, recon, n=12):
     i = spread(len(images), n)
     grid(path, [("original", images[i]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
 
-
-def plot(path, panels, columns=2):
-    """panels: a list of (title, x label, [(name, xs, ys), ...], log y?) -> a PNG of line plots."""
-    W, H, left, top, right, bottom = 560, 320, 64, 50, 16, 44
-    canvas = Image.new("RGB", (W * min(columns, len(panels)), H * -(-len(panels) // columns)), PAPER)
+def plot(path, panels, columns=2, W=560, H=320):
+    """panels: a list of (title, x label, [(name, xs, ys), ...], style) -> a PNG; style "line", "log" (of y) or "dots"."""
+    columns = min(columns, len(panels))
+    canvas = Image.new("RGB", (W * columns, H * -(-len(panels) // columns)), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
-    for p, (title, x_label, lines, log) in enumerate(panels):
-        ox, oy = p % columns * W, p // columns * H
-        lines = [(n, list(map(float, xs)), [max(float(y), 1e-12) if log else float(y) for y in ys]) for n, xs, ys in lines if len(xs)]
-        every_x, every_y = [x for _, xs, _ in lines for x in xs], [y for _, _, ys in lines for y in ys]
-        y_of = (lambda y: torch.tensor(y).log10().item()) if log else (lambda y: y)
-        x0, x1, y0, y1 = min(every_x), max(every_x), y_of(min(every_y)), y_of(max(every_y))
+    for p, (title, x_label, lines, style) in enumerate(panels):
+        left, right, top, bottom = p % columns * W + 64, p % columns * W + W - 16, p // columns * H + 50, p // columns * H + H - 44
+        lines = [(name, np.asarray(xs), np.log10(np.maximum(ys, 1e-12)) if style == "log" else np.asarray(ys)) for name, xs, ys in lines]
+        (x0, y0), (x1, y1) = (np.array([f(np.concatenate(axis)) for axis in list(zip(*lines))[1:]]) for f in (np.min, np.max))
         x1, y1 = x1 + (x1 == x0), y1 + 0.05 * (y1 - y0) + (y1 == y0)
-        place = lambda x, y: (ox + left + (x - x0) / (x1 - x0) * (W - left - right), oy + H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom))
-        for k in range(5):  # grid lines and their numbers
-            x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
-            draw.line([place(x, y0), place(x, y1)], (225, 225, 225)), draw.line([place(x0, y), place(x1, y)], (225, 225, 225))
-            draw.text((place(x, y0)[0], oy + H - bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
-            draw.text((ox + left - 5, place(x0, y)[1]), f"{10**y if log else y:.3g}", INK, small, anchor="rm")
-        draw.text((ox + left, oy + 7), title, INK, font)
-        draw.text((ox + (W + left - right) / 2, oy + H - 20), x_label, INK, small, anchor="ma")
-        legend = ox + left
-        for i, (name, xs, ys) in enumerate(lines):
-            points = [place(x, y_of(y)) for x, y in zip(xs, ys)]
-            draw.line(points if len(points) > 1 else points * 2, COLOURS[i % len(COLOURS)], 2)
-            draw.text((legend, oy + 28), name, COLOURS[i % len(COLOURS)], small)
+        place = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):  # grid lines and their numbers
+            draw.line([place(x, y0), place(x, y1)], RULE), draw.line([place(x0, y), place(x1, y)], RULE)
+            draw.text((place(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
+            draw.text((left - 5, place(x, y)[1]), f"{10**y if style == 'log' else y:.3g}", INK, small, anchor="rm")
+        draw.text((left, top - 43), title, INK, font)
+        draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
+        legend = left
+        for colour, (name, xs, ys) in zip(COLOURS, lines):
+            points = list(zip(*place(xs, ys)))
+            for x, y in points if style == "dots" else []:
+                draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour)
+            if style != "dots":
+                draw.line(points if len(points) > 1 else points * 2, colour, 2)
+            draw.text((legend, top - 22), name, colour, small)
             legend += draw.textlength(name, small) + 14
     write(Path(path), lambda file: canvas.save(file, "PNG"))
 
+# ------------------------------------------------------------------------------------------------------- what a run can do
 
-# ----------------------------------------------------------------------------------------------------------- reading a run
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage text
-        raise BadInput(message)
-
-    def parse(self, argv):
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            choose(unknown[0].split("=")[0], list(self._option_string_actions), "flag")
-            raise BadInput(f"what is {unknown[0]!r}?")
-        return args
-
-
-def load_config(out):
-    """The Config of the run in folder `out`, and the name of its preset."""
-    try:
-        saved = json.loads((out / "config.json").read_text())
-        preset = saved.pop("preset")
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}), preset
-    except FileNotFoundError:
-        raise BadInput(f"no run in {out}: there is no {out / 'config.json'}") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise BadInput(f"{out / 'config.json'} is not a run's settings: {error}") from None
-
-
-def load_checkpoint(path, device="cpu"):
-    """A file of tensors and plain values; never runs code from it."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"there is no {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise BadInput(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
-
+def at_once(model):
+    return max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
 
 @torch.no_grad()
-def reconstruct(model, images, device):
-    """uint8 images (N, 3, H, W) -> reconstructions, uint8 on the CPU, and both index grids (N, h, w)."""
-    progress, out = Progress("reconstructing", len(images)), []
-    for part in images.split(100):
-        indices = model.encode(to_float(part, device))
-        out.append((to_uint8(model.decode(*indices)).cpu(), *(i.cpu() for i in indices)))
-        progress(sum(len(o[0]) for o in out))
-    return tuple(map(torch.cat, zip(*out)))
+def encode_all(model, images, device):
+    """uint8 images (N, 3, H, W) -> semantic and visual indices (N, 2, h, w) on the CPU."""
+    progress, out = Progress("encoding", len(images)), []
+    for part in images.split(at_once(model)):
+        out.append(torch.stack(model.encode(to_float(part, device)), dim=1).cpu())
+        progress(sum(map(len, out)))
+    return torch.cat(out)
 
+@torch.no_grad()
+def decode_all(model, indices, device):
+    """Indices (N, 2, h, w) -> uint8 images on the CPU."""
+    return torch.cat([to_uint8(model.decode(*part.to(device).unbind(1))).cpu() for part in indices.split(at_once(model))])
 
-def restore(path, parts, device):
-    """Load the states in a checkpoint into parts, {name: module or optimizer}; -> everything in the checkpoint."""
-    saved = load_checkpoint(path, device)
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} does not fit the settings in config.json beside it: {str(error).splitlines()[0]}") from None
-    return saved
+@torch.no_grad()
+def generate(model, generator, scale, labels, steps, guidance, seed, first=0, batch=100):
+    """Labels (n,) -> uint8 images on the CPU, a batch (100, 3, H, W) at a time from image `first` on; each batch has its own seed."""
+    for i in range(first, len(labels), batch):
+        torch.manual_seed(seed + i)
+        latents = scale * generator.sample(labels[i:i + batch], steps, guidance)
+        yield torch.cat([to_uint8(model.from_latents(part)).cpu() for part in latents.split(at_once(model))])
 
+def write_npz(path, labels, size, key, draw, batch=100):
+    """The images of draw(first), a generator of batches from image `first` on -> .npz of arr_0 uint8 (N, H, W, 3) and labels, as ADM's
+    evaluator reads it. Finished batches wait in a hidden file that bears `key`: after a stop the same command goes on from there."""
+    part, whole = path.with_name(f".{path.name}.{key}.part"), batch * size * size * 3
+    with open(part, "ab") as file:
+        done = min(file.tell() // whole * batch, len(labels))
+        file.truncate(done // batch * whole)
+        progress = Progress("sampling", len(labels), done)
+        for images in draw(done):
+            file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
+            file.flush()
+            done += len(images)
+            progress(done)
+    images = np.memmap(part, np.uint8, "r", shape=(len(labels), size, size, 3))
+    write(path, lambda file: np.savez(file, arr_0=images, labels=labels.cpu().numpy()))
+    part.unlink()
 
-def load_tokenizer(folder, device):
-    """The trained tokenizer of a run."""
-    model = GloTok(load_config(folder)[0]).to(device)
-    restore(folder / "tokenizer.pt", {"model": model}, device)
-    return model.eval()
+@torch.no_grad()
+def retain(path, model, images):
+    """Figure 4: decode with the visual latents kept at a share of the positions and 0 elsewhere, with and without the semantic ones.
+    Paper silent on which are kept: the same random positions in every row, each share within the next."""
+    sem, vis = model.composite(*model.encode(images))  # (B, T, d)
+    order, original, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), to_uint8(images), []
+    for name, semantic, shares in (("semantic + {} % visual", 1, (0, 25, 50, 75, 100)), ("{} % visual alone", 0, (25, 50, 75, 100))):
+        for share in shares:
+            out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None]))
+            rows.append((f"{name.format(share)}: {psnr(original, out).mean():.1f} dB", out[spread(len(out), 12)]))
+    grid(path, [("original", original[spread(len(original), 12)]), *rows], f"what the visual and the semantic latents carry; PSNR over {len(images)} held-out images")
 
-
-def load_generator(folder, model, device):
-    """The trained generator of a run (its moving average) and the deviation that its latents were divided by."""
-    if not (folder / "generator.pt").exists():
-        raise BadInput(f"{folder} has no generator yet: python train.py --stage generator --resume --out {folder}")
-    generator = XAR(model.config).to(device)
-    return generator.eval(), restore(folder / "generator.pt", {"ema": generator}, device)["kept"]
-
-
-def generate(model, generator, scale, labels, steps, guidance, seed):
-    """Labels (n,) -> uint8 images (n, 3, H, W) on the CPU; the same for the same seed."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        return to_uint8(model.from_latents(scale * generator.sample(labels, steps, guidance))).cpu()
-
+def measure_uniformity(path, index, codes, labels, classes, runs):
+    """Table 3, as VA-VAE: one random position of each image, its code vector normalised per channel, t-SNE to the plane, density
+    there; over `runs` runs. index (N, h, w) into codes (n, d) -> {measure: (mean, deviation)}; the scatter of the last run as a PNG."""
+    found, progress, index = [], Progress("t-SNE run", runs), index.flatten(1)
+    for run_ in range(runs):
+        z = codes[index.gather(1, torch.randint(index.shape[1], (len(index), 1)))[:, 0].to(codes.device)]  # (N, d)
+        points = tsne((z - z.mean(0)) / z.std(0)).cpu()
+        found.append(uniformity(points))
+        progress(run_ + 1)
+    plot(path, [(f"t-SNE of {len(index)} semantic latents, coloured by class", "density CV {density_cv:.3f}, normalized entropy "
+                 "{normalized_entropy:.4f}, Gini {gini:.4f}".format(**found[-1]),
+                 [(name, *points[labels == k].T) for k, name in enumerate(classes[:10]) if (labels == k).any()], "dots")], W=700, H=700)
+    return {k: torch.std_mean(torch.tensor([f[k] for f in found]), correction=0)[::-1] for k in found[0]}
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -166,35 +150,53 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance of the last cell, 1 is none (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default %(default)s)")
-    parser.add_argument("--out", metavar="FILE.png", default="samples.png", help="the picture (default %(default)s)")
-    parser.add_argument("--reconstruct", metavar="SPEC", help="reconstruct the held-out images of SPEC: shapes, cifar10, a folder, or an .npz")
-    parser.add_argument("--force", action="store_true", help="overwrite the picture")
+    parser.add_argument("--out", metavar="FILE", default="samples.png", help="a picture (.png), or new images as arrays (.npz) (default %(default)s)")
+    for flag, what in (("reconstruct", "reconstruct them"), ("retain", "figure 4: decode from parts of the latents"), ("uniformity", "table 3")):
+        parser.add_argument(f"--{flag}", metavar="SPEC", help=f"held-out images of shapes, cifar10, a folder, or an .npz: {what}")
+    parser.add_argument("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     args = parser.parse(argv)
-    folder, device = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
     config, _ = load_config(folder)
     steps = config.sampling_steps if args.steps is None else args.steps
     guidance = config.guidance if args.guidance is None else args.guidance
     replace(config, sampling_steps=steps, guidance=guidance)  # checks their ranges
-    if args.n < 1 or args.seed < 0 or Path(args.out).suffix != ".png":
-        raise BadInput(f"--n {args.n} must be at least 1, --seed {args.seed} from 0 up, and --out {args.out} end in .png")
+    specs = [spec for spec in (args.reconstruct, args.retain, args.uniformity) if spec]
+    if args.n < 1 or args.seed < 0 or args.runs < 1 or len(specs) > 1 or out.suffix not in ((".png",) if specs else (".png", ".npz")):
+        raise BadInput(f"--n {args.n} and --runs {args.runs} must be at least 1, --seed {args.seed} from 0 up, --out {out} end in .png (samples: "
+                       "or .npz), and at most one of --reconstruct, --retain, --uniformity be given")
     if strange := [k for k in args.classes or [] if not 0 <= k < config.classes]:
         raise BadInput(f"--classes {strange[0]}: the run has classes 0 to {config.classes - 1}")
-    if Path(args.out).exists() and not args.force:
-        raise BadInput(f"{args.out} exists: choose another --out, or overwrite it with --force")
-    model = load_tokenizer(folder, device)
-    if args.reconstruct:
-        held = load_data(args.reconstruct, config.image_size, config.seed).held
-        held = held[spread(len(held), config.eval_images)]
-        recon = reconstruct(model, held, device)[0]
-        grid_of_pairs(args.out, held, recon)
-        print(f"{args.out}: PSNR {psnr(held, recon).mean():.2f} dB over {len(held)} held-out images of {args.reconstruct}")
+    if out.exists() and not args.force:
+        raise BadInput(f"{out} exists: choose another --out, or overwrite it with --force")
+    if specs:
+        model = load_run(folder, device)
+        data = load_data(specs[0], config.image_size, config.seed)
+        i = spread(len(data.held), config.eval_images)
+        held, labels = data.held[i], data.held_labels[i]
+        torch.manual_seed(args.seed)
+        if args.retain:
+            retain(out, model, to_float(held[spread(len(held), at_once(model))], device))
+            print(f"{out}: figure 4 of held-out images of {args.retain}")
+            return
+        indices = encode_all(model, held, device)
+        if args.uniformity:
+            found = measure_uniformity(out, indices[:, 0], model.codebook_sem.detach(), labels, data.classes, args.runs)
+            print(f"{out}: {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs")
+            return
+        recon = decode_all(model, indices, device)
+        grid_of_pairs(out, held, recon)
+        print(f"{out}: PSNR {psnr(held, recon).mean():.2f} dB over {len(held)} held-out images of {args.reconstruct}")
         return
-    classes = args.classes or list(range(config.classes))
+    classes, (model, generator, scale) = args.classes or list(range(config.classes)), load_run(folder, device, generator=True)
     labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
-    images = generate(model, *load_generator(folder, model, device), labels, steps, guidance, args.seed)
-    grid(args.out, [("", row) for row in images.split(max(len(classes), 8))])
-    print(f"{args.out}: {args.n} pictures of classes {', '.join(map(str, classes))}")
-
+    draw = lambda first=0: generate(model, generator, scale, labels, steps, guidance, args.seed, first)
+    if out.suffix == ".npz":
+        made_of = classes, steps, guidance, args.seed, sha256(folder / "tokenizer.pt"), sha256(folder / "generator.pt")
+        write_npz(out, labels, config.image_size, hashlib.sha256(repr(made_of).encode()).hexdigest()[:12], draw)
+    else:
+        grid(out, [("", row) for row in torch.cat(list(draw())).split(max(len(classes), 8))])
+    print(f"{out}: {args.n} pictures of classes {', '.join(map(str, classes))}")
 
 if __name__ == "__main__":
     run(main)

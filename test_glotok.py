@@ -27,7 +27,7 @@ import sample
 import train
 from glotok import (ALPHA, LPIPS, PRESETS, XAR, BadInput, Config, DINOv2, GloTok, Quantizer, adaptive_weight, cosine_moments, discriminator,
                     hinge_loss, histogram_relation_loss, kmeans, relation_histogram, relation_histogram_direct, sphere_histogram,
-                    straight_through)
+                    straight_through, tsne, uniformity)
 
 TINY = Config(patch=1, channels=8, channel_mult=(1, 2), z_channels=16, width=16, heads=2, codes_sem=16, codes_vis=24, image_size=16, data="shapes",
               teacher="sphere", tokenizer_steps=20, batch_size=8, eval_images=20, save_every=5, revive_every=5, cell=4, gen_width=16, gen_layers=1, gen_heads=2, generator_steps=20, gen_batch=8,
@@ -37,18 +37,14 @@ FLAGS = [word for k in ("patch", "channels", "channel_mult", "z_channels", "widt
                         "generator_steps", "gen_batch", "sampling_steps")
          for word in [f"--{k}", *str(getattr(TINY, k)).strip("()").split(", ")]]
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
-
 def random_images(n=2, size=16):
     return torch.rand(n, 3, size, size) * 2 - 1
 
-
 # ---------------------------------------------------------------------------------------------------------- quantizer (1)
-
 
 def test_look_up_finds_the_nearest_code_in_distance_and_in_any_chunk():
     q = Quantizer(50, 8, 0.25)
@@ -56,7 +52,6 @@ def test_look_up_finds_the_nearest_code_in_distance_and_in_any_chunk():
     expected = ((z[..., None, :] - q.codebook) ** 2).sum(-1).argmin(-1)
     assert torch.equal(q.look_up(z), expected)
     assert torch.equal(q.look_up(z, chunk=1), expected)
-
 
 @pytest.mark.parametrize("beta", [0.25, 0.0, 1.0])
 def test_equation_1_sends_each_term_to_its_own_side(beta):
@@ -76,14 +71,12 @@ def test_equation_1_sends_each_term_to_its_own_side(beta):
     np.testing.assert_allclose(q.weight.grad.numpy(), tangent(expected_c, unit_c, c), atol=1e-6)  # beta is not in it
     np.testing.assert_allclose(f.grad.numpy(), tangent(beta * 2 * gap / gap.size, unit_z, x), atol=1e-6)  # beta alone
 
-
 def test_straight_through_is_exact_in_value_and_the_identity_in_gradient():
     z, codes = torch.randn(100, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
     out, up = straight_through(z, codes), torch.randn(100, 8)
     assert torch.equal(out, codes)
     out.backward(up)
     assert torch.equal(z.grad, up) and codes.grad is None
-
 
 def test_revival_moves_only_unused_codes_onto_features():
     q = Quantizer(6, 4, 0.25)
@@ -101,9 +94,7 @@ def test_revival_moves_only_unused_codes_onto_features():
     q.eval()(features)
     assert q.hits.sum() == 0  # looking does not count
 
-
 # ----------------------------------------------------------------------------------- histogram relation loss (4)-(7)
-
 
 def histogram_by_loops(codes, bins, alpha):
     """Eqs. (4)-(6) in plain Python and float64."""
@@ -115,14 +106,12 @@ def histogram_by_loops(codes, bins, alpha):
                 p[k] += math.exp(-alpha * (d - (-1 + 2 * k / (bins - 1))) ** 2)
     return p / p.sum()
 
-
 @pytest.mark.parametrize("bins, alpha", [(40, ALPHA), (12, 30.0)])
 def test_histograms_follow_equations_4_to_6(bins, alpha):
     codes = torch.randn(17, 5) + 0.3
     expected = histogram_by_loops(codes, bins, alpha)
     np.testing.assert_allclose(relation_histogram_direct(codes.double(), bins, alpha), expected, atol=1e-12)
     np.testing.assert_allclose(relation_histogram(codes, bins, alpha), expected, atol=1e-4 * expected.max())
-
 
 def test_equation_7_is_kl_of_teacher_from_student():
     codes, other = torch.randn(15, 4), torch.randn(9, 4) + 1
@@ -137,14 +126,14 @@ def test_equation_7_is_kl_of_teacher_from_student():
     loss.backward()
     assert t.grad is None and codes.grad.abs().sum() > 0  # sg[P_t]
 
-
 def test_direct_histogram_has_the_right_gradient():
     codes, weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.randn(40, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda c: relation_histogram_direct(c) @ weight, codes)
 
-
+@pytest.mark.parametrize("tile", [2**20, 1000])  # one band of rows, and many of uneven height
 @pytest.mark.parametrize("n, d, shift", [(2, 8, 0), (10, 3, 0.5), (300, 8, 0), (700, 8, 1.0)])
-def test_fast_histogram_equals_the_direct_one(n, d, shift):
+def test_fast_histogram_equals_the_direct_one(n, d, shift, tile, monkeypatch):
+    monkeypatch.setattr(glotok, "TILE", tile)
     codes = torch.randn(n, d) + shift
     fast, direct = codes.clone().requires_grad_(), codes.double().requires_grad_()
     teacher = relation_histogram_direct(torch.rand(50, 16).double())
@@ -154,7 +143,6 @@ def test_fast_histogram_equals_the_direct_one(n, d, shift):
     (teacher.clamp_min(1e-10) * (teacher.clamp_min(1e-10) / p.clamp_min(1e-10)).log()).sum().backward()
     assert (fast.grad - direct.grad).norm() < 1e-3 * direct.grad.norm()
 
-
 def test_fast_histogram_of_many_tiles_and_of_equal_codes():
     codes = torch.randn(3000, 8)  # 3000 rows do not divide into whole tiles
     d = F.normalize(codes.double(), dim=1) @ F.normalize(codes.double(), dim=1).T
@@ -163,12 +151,10 @@ def test_fast_histogram_of_many_tiles_and_of_equal_codes():
     equal = relation_histogram(torch.ones(10, 4))
     np.testing.assert_allclose(equal, histogram_by_loops(np.ones((1, 4)), 40, ALPHA), atol=1e-5)
 
-
 def test_fast_histogram_passes_nan_on():
     codes = torch.randn(5, 3)
     codes[2, 1] = math.nan
     assert relation_histogram(codes).isnan().all()
-
 
 def test_fast_histogram_ignores_autocast():
     codes = torch.randn(200, 8, requires_grad=True)
@@ -177,7 +163,6 @@ def test_fast_histogram_ignores_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = torch.autograd.grad(histogram_relation_loss(codes, teacher), codes)[0]
     assert torch.equal(plain, mixed)
-
 
 def test_fast_histogram_is_much_faster():
     codes, teacher = torch.randn(2048, 8), sphere_histogram(8)
@@ -191,7 +176,6 @@ def test_fast_histogram_is_much_faster():
         return best
 
     assert seconds(relation_histogram_direct, 1) > 25 * seconds(relation_histogram, 3)  # 100 and more at 4,096 on a quiet machine
-
 
 def test_fast_histogram_is_small():
     """Peak memory at n = 16,384, in a process of its own: eq. (6) as printed would take 21 GB."""
@@ -207,7 +191,6 @@ def test_fast_histogram_is_small():
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 200
 
-
 def test_smoothing_gives_every_similarity_the_same_weight():
     """The Poisson-summation argument for alpha = 1 / w^2."""
     x = torch.linspace(-0.5, 0.5, 1001, dtype=torch.float64)
@@ -216,14 +199,12 @@ def test_smoothing_gives_every_similarity_the_same_weight():
     ripple = (total.max() - total.min()) / 2 / total.mean()
     assert ripple.item() == pytest.approx(2 * math.exp(-math.pi**2), rel=0.02)
 
-
 @pytest.mark.parametrize("dim", [2, 3, 8])
 def test_sphere_histogram_is_that_of_a_million_random_vectors(dim):
     x = F.normalize(torch.randn(2, 1_000_000, dim), dim=2)
     cosines = (x[0] * x[1]).sum(1)
     p = torch.stack([torch.exp(-ALPHA * (cosines - b) ** 2).sum() for b in torch.linspace(-1, 1, 40)])
     assert (sphere_histogram(dim) - p / p.sum()).abs().max() < 1e-3
-
 
 def test_cosine_moments_are_those_of_all_pairs_and_respect_the_welch_bound():
     v = torch.randn(60, 8) + 0.4
@@ -232,7 +213,6 @@ def test_cosine_moments_are_those_of_all_pairs_and_respect_the_welch_bound():
     assert mean == pytest.approx(d.mean().item(), abs=1e-5) and square == pytest.approx((d**2).mean().item(), abs=1e-5)
     assert square >= 1 / 8
     assert cosine_moments(torch.eye(8))[1] == pytest.approx(1 / 8)  # reached by an orthonormal basis
-
 
 def test_loss_alone_pulls_a_random_codebook_to_a_teacher_it_can_reach():
     teacher = relation_histogram(torch.randn(256, 8) + torch.tensor([1.5] + [0.0] * 7))
@@ -245,22 +225,18 @@ def test_loss_alone_pulls_a_random_codebook_to_a_teacher_it_can_reach():
         optimizer.step()
     assert loss.item() < 0.02 * first
 
-
 def test_loss_moves_the_semantic_codebook_alone():
     model = GloTok(TINY)
     histogram_relation_loss(model.codebook_sem, sphere_histogram(8)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["quantizer_sem.weight"]
 
-
 # -------------------------------------------------------------------------------------- residual module and tokenizer (8)-(13)
-
 
 def random_residuals(model):
     """Residual modules start at zero; give them something to say."""
     for module in (model.residual_sem, model.residual_vis):
         torch.nn.init.normal_(module.out.weight, 0, 0.3)
     return model
-
 
 def test_equation_10_value_and_stop_gradients():
     model = random_residuals(GloTok(TINY)).eval()
@@ -276,7 +252,6 @@ def test_equation_10_value_and_stop_gradients():
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == {"quantizer_sem", "quantizer_vis", "residual_sem", "residual_vis"}  # sg[Z]: neither encoder nor adapters
 
-
 def test_equation_10_pulls_the_codes_towards_the_features():
     model = GloTok(TINY)  # residuals are zero here, so (10) is the first term of (1) and has its gradient
     _, losses = model(random_images())
@@ -284,14 +259,12 @@ def test_equation_10_pulls_the_codes_towards_the_features():
     quantize = torch.autograd.grad(losses["quantize"], model.quantizer_sem.weight)[0]
     torch.testing.assert_close(residual, quantize)
 
-
 def test_decoder_gradient_reaches_the_encoder_and_the_residual_modules():
     model = random_residuals(GloTok(TINY))
     recon, _ = model(random_images())
     recon.square().sum().backward()
     for name in ("encoder.1.weight", "adapter_sem.weight", "adapter_vis.weight", "residual_sem.out.weight", "residual_vis.blocks.0.qkv.weight"):
         assert dict(model.named_parameters())[name].grad.abs().sum() > 0, name
-
 
 @pytest.mark.parametrize("lambda_res", [0.5, 0.0])
 def test_encode_then_decode_is_what_forward_does(lambda_res):
@@ -304,13 +277,11 @@ def test_encode_then_decode_is_what_forward_does(lambda_res):
     assert sem.max() < 16 and vis.max() < 24
     assert torch.equal(model.decode(sem, vis), model(x)[0])
 
-
 def test_semantic_and_visual_halves_take_their_own_channels():
     model = GloTok(TINY).eval()
     sem, vis = torch.randn(1, 64, 8), torch.randn(1, 64, 8)
     z = torch.cat([sem.transpose(1, 2).reshape(1, 8, 8, 8), vis.transpose(1, 2).reshape(1, 8, 8, 8)], 1)
     torch.testing.assert_close(model.decode_latents(sem, vis), model.decoder(z))
-
 
 def test_codebooks_lie_on_the_unit_sphere():
     model = GloTok(TINY)
@@ -318,12 +289,10 @@ def test_codebooks_lie_on_the_unit_sphere():
         assert codes.shape == (n, 8)
         torch.testing.assert_close(codes.norm(dim=1), torch.ones(n))
 
-
 def test_adapters_of_the_papers_presets_are_transformers():
     model = GloTok(replace(TINY, adapter_layers=2))
     assert len(model.adapter_sem.blocks) == 2
     assert model(random_images())[0].shape == (2, 3, 16, 16)
-
 
 def test_down_sampling_pads_right_and_bottom():
     down = glotok.Downsample(1)
@@ -332,7 +301,6 @@ def test_down_sampling_pads_right_and_bottom():
         down.conv.weight[0, 0, 0, 0] = 1  # picks the top left of each window
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(down(x), x[:, :, ::2, ::2])
-
 
 def test_paper_presets_have_the_papers_sizes():
     c = PRESETS["imagenet256"]
@@ -345,26 +313,21 @@ def test_paper_presets_have_the_papers_sizes():
     assert (c.bins, c.lambda_hist, c.lambda_res, c.lr, c.beta1, c.beta2, c.batch_size) == (40, 0.01, 0.5, 2e-4, 0.9, 0.95, 240)
     assert PRESETS["imagenet256-2x"].codes_sem == PRESETS["imagenet256-2x"].codes_vis == 16384
 
-
 def test_hinge_loss():
     assert hinge_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])).item() == pytest.approx(0.5 * (0.25 + 0.5))
-
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     assert adaptive_weight((3 * w).sum(), (w * torch.tensor([0.0, 0.5])).sum(), w).item() == pytest.approx(3 * math.sqrt(2) / 0.5, rel=1e-3)
-
 
 def test_discriminator_judges_patches():
     net = discriminator(PRESETS["imagenet256"])
     assert net(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in net) == 3
 
-
 # --------------------------------------------------------------------------------------------------- the generator (xAR)
 
 SMALL = replace(TINY, image_size=16, cell=4, gen_width=32, gen_layers=2, gen_heads=2, classes=3)  # 8x8 tokens, 4 cells of 4x4
-
 
 def awake(generator):
     """Layers that start at zero would hide everything: give them weights."""
@@ -372,7 +335,6 @@ def awake(generator):
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, 0, 0.1)
     return generator.eval()
-
 
 def test_cells_run_row_by_row_and_back():
     x = XAR(SMALL)
@@ -383,7 +345,6 @@ def test_cells_run_row_by_row_and_back():
     z = torch.randn(2, 16, 8, 8)
     assert torch.equal(x.grid(x.cells(z)), z)
 
-
 def test_rotary_positions_see_differences_in_both_directions():
     x = XAR(SMALL)
     at = lambda row, column: (row // 4 * 2 + column // 4) * 16 + row % 4 * 4 + column % 4  # token of a place in the grid
@@ -391,7 +352,6 @@ def test_rotary_positions_see_differences_in_both_directions():
     score = lambda a, b: (glotok.rotate(q, x.angles[a:a + 1]) * glotok.rotate(k, x.angles[b:b + 1])).sum().item()
     assert score(at(1, 2), at(3, 7)) == pytest.approx(score(at(4, 0), at(6, 5)), abs=1e-4)  # the same (+2, +5)
     assert abs(score(at(1, 2), at(3, 7)) - score(at(1, 2), at(3, 6))) > 1e-3 < abs(score(at(1, 2), at(3, 7)) - score(at(1, 2), at(4, 7)))
-
 
 def test_a_cell_sees_itself_and_earlier_cells_only():
     x, z, t, labels = awake(XAR(SMALL)), torch.randn(1, 4, 16, 16), torch.rand(1, 4), torch.tensor([1])
@@ -406,7 +366,6 @@ def test_a_cell_sees_itself_and_earlier_cells_only():
             changed = (x.velocity(z2, t2, labels) - before).abs().amax((0, 2, 3)) > 1e-5
             assert changed.tolist() == [k >= cell for k in range(4)], (cell, what)
 
-
 def test_cached_sampling_equals_uncached():
     x, labels = awake(XAR(replace(SMALL, stochastic=1))), torch.tensor([0, 2])
     torch.manual_seed(3)
@@ -415,7 +374,6 @@ def test_cached_sampling_equals_uncached():
     b = x.sample(labels, steps=4, guidance=2.0, cached=False)
     assert a.shape == (2, 16, 8, 8) and a.std() > 0.1
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
 
 def test_sampling_is_deterministic_and_leaves_the_module_alone():
     x, labels = awake(XAR(SMALL)), torch.tensor([0, 2])
@@ -426,7 +384,6 @@ def test_sampling_is_deterministic_and_leaves_the_module_alone():
         runs.append(x.sample(labels, steps=3, guidance=1.5))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     assert all(torch.equal(v, x.state_dict()[k]) for k, v in state.items()) and set(vars(x)) == attributes
-
 
 def test_guidance_1_is_conditional_and_grows_over_the_cells():
     x, labels = awake(XAR(SMALL)), torch.tensor([1])
@@ -445,7 +402,6 @@ def test_guidance_1_is_conditional_and_grows_over_the_cells():
     torch.testing.assert_close(sample(3.0)[:, :1], z, atol=1e-5, rtol=1e-4)  # 1 at the first cell whatever the guidance
     assert (sample(3.0)[:, 1] - sample(1.0)[:, 1]).abs().max() > 1e-3
 
-
 def test_flow_loss_is_the_error_of_the_velocity():
     x, latents = XAR(SMALL), torch.randn(4, 16, 8, 8)  # its first answer is 0 everywhere
     torch.manual_seed(5)
@@ -455,6 +411,13 @@ def test_flow_loss_is_the_error_of_the_velocity():
     noise = torch.randn(4, 4, 16, 16)
     assert loss.item() == pytest.approx(((noise - x.cells(latents)) ** 2).mean().item(), rel=1e-5)
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_label_dropout_hides_a_share_of_the_labels(share):
+    x, seen, labels = XAR(replace(SMALL, label_dropout=share)), [], torch.arange(3).repeat(500)
+    x.velocity = lambda z, t, y: seen.append(y) or torch.zeros_like(z)
+    x.loss(torch.randn(1500, 16, 8, 8), labels)
+    hidden = seen[0] == 3  # "no label"
+    assert hidden.float().mean().item() == pytest.approx(share, abs=0.05) and torch.equal(seen[0][~hidden], labels[~hidden])
 
 class GaussianVelocity(XAR):
     """The optimal velocity for data N(m, s^2): E[eps - z_0 | z_t] in closed form."""
@@ -467,12 +430,10 @@ class GaussianVelocity(XAR):
         gap = z - (1 - t) * self.m
         return t / variance * gap - (self.m + (1 - t) * self.s**2 / variance * gap)
 
-
 @pytest.mark.parametrize("stochastic", [1, 0])
 def test_both_samplers_carry_noise_to_a_known_gaussian(stochastic):
     latents = GaussianVelocity(replace(SMALL, stochastic=stochastic)).sample(torch.zeros(64, dtype=torch.int64), steps=200)
     assert latents.mean().item() == pytest.approx(0.7, abs=0.02) and latents.std().item() == pytest.approx(0.5, abs=0.02)
-
 
 def test_training_finds_the_velocity_of_a_known_gaussian():
     x = XAR(SMALL)
@@ -487,7 +448,6 @@ def test_training_finds_the_velocity_of_a_known_gaussian():
     with torch.no_grad():
         assert ((x.velocity(z, t, labels) - best) ** 2).mean() < 0.05 * best.var()
 
-
 @pytest.mark.parametrize("after, snap", [(0, 0), (1, 0), (0, 1)])
 def test_true_latents_decode_to_the_reconstruction(after, snap):
     model = random_residuals(GloTok(replace(TINY, latent_residual=after, snap=snap))).eval()
@@ -498,9 +458,7 @@ def test_true_latents_decode_to_the_reconstruction(after, snap):
     if snap:
         torch.testing.assert_close(model.from_latents(1.1 * latents), model.decode(sem, vis), atol=1e-5, rtol=1e-4)
 
-
 # ------------------------------------------------------------------------------------------------------ borrowed networks
-
 
 def test_lpips_names_shapes_and_formula():
     net = LPIPS()
@@ -519,7 +477,6 @@ def test_lpips_names_shapes_and_formula():
             head += 1
     torch.testing.assert_close(net(x, y), expected, atol=1e-5, rtol=1e-3)
     assert net(x, x).abs().max() == 0 and net.training is False
-
 
 def test_dinov2_names_and_shapes():
     net = DINOv2()
@@ -540,7 +497,6 @@ def test_dinov2_names_and_shapes():
         token = state["patch_embed.proj.weight"].flatten(1) @ patch + state["patch_embed.proj.bias"] + state["pos_embed"][0, 1 + 37 + 2]
         torch.testing.assert_close(net(x)[0, 37 + 2], net.norm(token), atol=1e-4, rtol=1e-4)
 
-
 def test_kmeans_finds_separated_blobs():
     middles = 20 * torch.randn(12, 5)
     x = (middles[:, None] + 0.1 * torch.randn(12, 40, 5)).flatten(0, 1)[torch.randperm(480)]
@@ -548,7 +504,6 @@ def test_kmeans_finds_separated_blobs():
     assert centres.shape == (12, 5)
     nearest = torch.cdist(middles, centres).min(1)
     assert nearest.values.max() < 0.2 and len(set(nearest.indices.tolist())) == 12
-
 
 def test_kmeans_lowers_the_error_and_knows_too_few_points():
     x = torch.randn(500, 3)
@@ -561,9 +516,61 @@ def test_kmeans_lowers_the_error_and_knows_too_few_points():
     with pytest.raises(BadInput):
         kmeans(x[:3], 4)
 
+# ------------------------------------------------------------------------------------------------- t-SNE and uniformity (table 3)
+
+def test_tsne_separates_blobs_and_keeps_neighbours():
+    centres = 10 * torch.eye(4, 6)
+    x, label = (centres[:, None] + torch.randn(4, 40, 6)).flatten(0, 1), torch.arange(4).repeat_interleave(40)
+    y = tsne(x, steps=400)
+    nearest = torch.cdist(y, y).fill_diagonal_(torch.inf).topk(10, largest=False).indices
+    assert y.shape == (160, 2) and (label[nearest] == label[:, None]).all()  # every one of the ten nearest is of the same blob
+    line = torch.linspace(0, 100, 200)[:, None] * torch.ones(1, 3)  # a line stays in order: neighbours at either end of each step
+    y = tsne(line, perplexity=10, steps=400)
+    step = (y[1:] - y[:-1]).norm(dim=1)
+    assert step.median() < 0.1 * torch.pdist(y).median()
+
+def test_tsne_descends_its_own_divergence_from_conditional_neighbours():
+    """KL(p || q) of the plane, by loops in float64, far below that of a random plane and of the first two coordinates."""
+    x = torch.randn(60, 5)
+    d = np.asarray(torch.cdist(x, x).double()) ** 2
+    p = np.zeros((60, 60))
+    for i in range(60):
+        others = [j for j in range(60) if j != i]
+        low, high = 1e-6, 1e6
+        for _ in range(200):
+            beta = math.sqrt(low * high)
+            w = np.exp(-beta * (d[i, others] - d[i, others].min()))
+            w /= w.sum()
+            entropy = -(w * np.log(np.maximum(w, 1e-300))).sum()
+            low, high = (beta, high) if entropy > math.log(15) else (low, beta)
+        p[i, others] = w
+    p = (p + p.T) / p.sum() / 2
+
+    def divergence(y):
+        q = 1 / (1 + np.asarray(torch.cdist(y, y).double()) ** 2)
+        np.fill_diagonal(q, 0)
+        q /= q.sum()
+        return sum(p[i, j] * math.log(p[i, j] / q[i, j]) for i in range(60) for j in range(60) if p[i, j] > 1e-15)
+
+    y = tsne(x, perplexity=15)
+    assert divergence(y) < 0.75 * min(divergence(x[:, :2]), divergence(torch.randn(60, 2)))
+    assert all(divergence(y + 0.3 * torch.randn_like(y)) > divergence(y) for _ in range(5))  # a minimum
+
+def test_uniformity_by_hand():
+    """Four points: the density by the formula of a Gaussian kernel with Scott's bandwidth, the three measures by their definitions."""
+    points = np.array([[0.0, 0], [1, 0], [0, 2], [5, 5]])
+    covariance = np.cov(points.T) * 4 ** (-2 / 6)  # n^(-1 / (d + 4)), squared
+    inverse, norm = np.linalg.inv(covariance), 1 / (4 * 2 * math.pi * math.sqrt(np.linalg.det(covariance)))
+    density = np.array([norm * sum(math.exp(-(p - q) @ inverse @ (p - q) / 2) for q in points) for p in points])
+    share = density / density.sum()
+    found = uniformity(torch.tensor(points, dtype=torch.float32))
+    assert found["density_cv"] == pytest.approx(np.sqrt(((density - density.mean()) ** 2).mean()) / density.mean(), rel=1e-5)
+    assert found["normalized_entropy"] == pytest.approx(-sum(q * math.log(q) for q in share) / math.log(4), rel=1e-5)
+    assert found["gini"] == pytest.approx(np.abs(density[:, None] - density).sum() / (2 * 4 * 4 * density.mean()), rel=1e-5)
+    even = uniformity(torch.tensor([[math.cos(a), math.sin(a)] for a in torch.arange(12) * math.pi / 6]))
+    assert even["density_cv"] < 1e-4 and even["normalized_entropy"] == pytest.approx(1) and even["gini"] < 1e-4
 
 # ------------------------------------------------------------------------------------------------------------------ data
-
 
 def save_pictures(folder, n, size=16, offset=0, suffix=".png"):
     folder.mkdir(parents=True, exist_ok=True)
@@ -571,13 +578,11 @@ def save_pictures(folder, n, size=16, offset=0, suffix=".png"):
         Image.fromarray(np.random.default_rng(i + offset).integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i:03d}{suffix}")
     return folder
 
-
 def test_shapes_are_the_same_for_a_seed_and_differ_otherwise():
     x, y = fid.draw_shapes(60, 32, 5)
     again, other = fid.draw_shapes(60, 32, 5), fid.draw_shapes(60, 32, 6)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
     assert x.shape == (60, 3, 32, 32) and x.dtype == torch.uint8 and set(y.tolist()) == set(range(6))
-
 
 def test_folder_with_classes_holds_out_a_fixed_twentieth(tmp_path):
     save_pictures(tmp_path / "cat", 30), save_pictures(tmp_path / "dog", 30, offset=100)
@@ -589,7 +594,6 @@ def test_folder_with_classes_holds_out_a_fixed_twentieth(tmp_path):
         for path in (tmp_path / name).iterdir():
             assert every[np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes()] == label
 
-
 def test_folder_with_train_and_val_uses_them(tmp_path):
     for part, n in (("train", 4), ("val", 2)):
         save_pictures(tmp_path / part / "a", n), save_pictures(tmp_path / part / "b", n, offset=50)
@@ -599,7 +603,6 @@ def test_folder_with_train_and_val_uses_them(tmp_path):
     with pytest.raises(BadInput, match="'c'"):
         fid.load_data(str(tmp_path), 16)
 
-
 def test_flat_folder_is_one_class_and_odd_pictures_are_fitted(tmp_path, capsys):
     save_pictures(tmp_path, 3), save_pictures(tmp_path, 2, 40, suffix=".jpg")
     Image.new("L", (20, 50), 77).save(tmp_path / "grey.png")
@@ -607,7 +610,6 @@ def test_flat_folder_is_one_class_and_odd_pictures_are_fitted(tmp_path, capsys):
     assert data.classes == [""] and len(data.train) + len(data.held) == 6
     assert (torch.cat([data.train, data.held]) == 77).all((1, 2, 3)).sum() == 1
     assert "3 of 6 images" in capsys.readouterr().err
-
 
 def test_photographs_are_turned_upright(tmp_path):
     picture, exif = Image.new("RGB", (16, 16)), Image.Exif()
@@ -618,7 +620,6 @@ def test_photographs_are_turned_upright(tmp_path):
     data = fid.load_data(str(tmp_path), 16)
     turned = next(x for x in torch.cat([data.train, data.held]) if x[1:].sum() == 0)
     assert turned[0, 12, 8] == 255 and turned[0, 3, 8] == 0
-
 
 def test_one_broken_picture_in_many_is_named_and_left_out(tmp_path, capsys):
     save_pictures(tmp_path / "a", 150)
@@ -631,7 +632,6 @@ def test_one_broken_picture_in_many_is_named_and_left_out(tmp_path, capsys):
     with pytest.raises(BadInput, match="2 of 150"):
         fid.load_data(str(tmp_path), 16)
 
-
 def test_npz_with_and_without_labels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "a.npz", images, labels=np.arange(40) % 3)
@@ -641,7 +641,6 @@ def test_npz_with_and_without_labels(tmp_path):
     assert data.held_labels[0] == i % 3
     np.savez(tmp_path / "b.npz", arr_0=images)
     assert len(fid.load_data(str(tmp_path / "b.npz"), 8).classes) == 1
-
 
 def cifar_archive(path, names=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")):
     """A small archive of CIFAR-10's layout, two records a file: label i, red 10 i, green 20, blue by position."""
@@ -655,7 +654,6 @@ def cifar_archive(path, names=("data_batch_1", "data_batch_2", "data_batch_3", "
         info.size = 3
         archive.addfile(info, io.BytesIO(b"bad"))
 
-
 def test_cifar_records_are_read_in_place(tmp_path):
     cifar_archive(tmp_path / "cifar.tar.gz")
     data = fid.read_cifar10(tmp_path / "cifar.tar.gz", 32)
@@ -663,7 +661,6 @@ def test_cifar_records_are_read_in_place(tmp_path):
     assert (data.train[2, 0] == 10).all() and (data.train[2, 1] == 20).all()
     assert data.held[0, 2].flatten().tolist() == [k % 256 for k in range(1024)]
     assert list(tmp_path.iterdir()) == [tmp_path / "cifar.tar.gz"]  # nothing unpacked
-
 
 def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
     (tmp_path / "source").write_bytes(b"published bytes")
@@ -681,21 +678,17 @@ def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
         fid.fetch("absent", tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
 
-
 def test_psnr():
     x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     y = x.clone()
     y[0] += 51  # a fifth of the range: 20 log10 5
     assert fid.psnr(x, y).tolist() == pytest.approx([20 * math.log10(5), 99], abs=1e-4)
 
-
 def test_batches_visit_every_image_once_an_epoch():
     seen = torch.cat([train.batch_indices(10, 4, step, 0) for step in range(5)])
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
 
-
 # ---------------------------------------------------------------------------------------------------------------- teachers
-
 
 def test_vectors_are_read_from_every_kind_of_file(tmp_path):
     v = torch.randn(9, 4)
@@ -708,16 +701,13 @@ def test_vectors_are_read_from_every_kind_of_file(tmp_path):
     with pytest.raises(BadInput, match=r"a \(9, 4\), b \(3, 2\)"):
         train.read_vectors(str(tmp_path / "two.pth"))
 
-
 def test_teacher_of_a_file_is_its_histogram(tmp_path):
     v = torch.randn(20, 6)
     np.save(tmp_path / "v.npy", v.numpy())
     teacher = train.make_teacher(replace(TINY, teacher=str(tmp_path / "v.npy")), None, torch.device("cpu"))
     np.testing.assert_allclose(teacher["histogram"], histogram_by_loops(v, 40, ALPHA), atol=1e-4)
 
-
 # ---------------------------------------------------------------------------------------------------------------- commands
-
 
 def command(monkeypatch, capsys, *argv):
     """`python train.py ARGV` in this process -> exit status, lines on standard error."""
@@ -729,7 +719,6 @@ def command(monkeypatch, capsys, *argv):
         status = stop.code
     return status, capsys.readouterr().err.strip().splitlines()
 
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A 20-step run of the real command, in a process of its own."""
@@ -737,7 +726,6 @@ def finished(tmp_path_factory):
     done = subprocess.run([sys.executable, Path(train.__file__), *FLAGS, "--out", out], capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return out, done
-
 
 def test_a_run_lowers_its_loss_and_writes_every_file(finished):
     out, done = finished
@@ -764,14 +752,12 @@ def test_a_run_lowers_its_loss_and_writes_every_file(finished):
     assert metrics["usage_vis"] == pytest.approx(len(set(vis.flatten().tolist())) / 24)
     assert metrics["hist_kl"] == pytest.approx(histogram_relation_loss(model.codebook_sem, sphere_histogram(8)).item(), abs=1e-4)
 
-
 def test_training_lowers_the_loss(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, capsys, *FLAGS, "--stage", "tokenizer", "--tokenizer_steps", 200, "--batch_size", 16,
                    "--out", tmp_path / "run")[0] == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == list(range(20, 201, 20))
     assert sum(r["recon"] for r in log[-3:]) / 3 < 0.7 * log[0]["recon"]
-
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_anywhere_a_run_resumes_to_the_same_weights(signal_number, finished, tmp_path, monkeypatch, capsys):
@@ -795,7 +781,6 @@ def test_stopped_anywhere_a_run_resumes_to_the_same_weights(signal_number, finis
         a, b = (dict(train.tensors_in(torch.load(run / f"{stage}.pt", weights_only=True))) for run in (out, finished[0]))
         assert a.keys() == b.keys() and len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
 
-
 @pytest.mark.parametrize("step", [3, 12])
 def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "teacher.pt", "tokenizer.pt", "metrics.json"):
@@ -816,7 +801,6 @@ def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished
     assert len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
     assert {"psnr", "generator_seconds"} <= set(json.loads((tmp_path / "metrics.json").read_text()))
 
-
 def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_lpips", lambda device: LPIPS().to(device))
     status, said = command(monkeypatch, capsys, *FLAGS, "--image_size", 32, "--lambda_hist", 0, "--lambda_res", 0, "--lambda_perceptual", 0.1,
@@ -824,7 +808,6 @@ def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     assert status == 0, said
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"perceptual", "adv", "critic"} <= set(row) and "hist" not in row and row["perceptual"] != 0
-
 
 def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=fid.draw_shapes: real(n // 10, size, seed))
@@ -839,9 +822,7 @@ def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "make_teacher", None)  # resuming must not need it
     assert command(monkeypatch, capsys, "--resume", "--tokenizer_steps", 6, "--out", tmp_path / "run")[0] == 0
 
-
 # --------------------------------------------------------------------------------------------------------------- bad input
-
 
 def broken_inputs(tmp):
     """Files that must not be accepted, below tmp."""
@@ -861,7 +842,6 @@ def broken_inputs(tmp):
     torch.save({"step": 3}, tmp / "none.pt")
     torch.save(Path("/x"), tmp / "code.pt")  # a pickle of a class: weights_only refuses it
     (tmp / "text.pt").write_text("hello")
-
 
 BAD = [
     ("--preset cifar", "did you mean 'cifar10'"),
@@ -896,7 +876,6 @@ BAD = [
     ("--lr 1 --lambda_recon 1e9 --clip 0 --tokenizer_steps 40", "NaN"),
 ]
 
-
 @pytest.mark.parametrize("words, expected", BAD, ids=[words for words, _ in BAD])
 def test_bad_input_is_one_line_and_status_2(words, expected, tmp_path, monkeypatch, capsys):
     broken_inputs(tmp_path)
@@ -909,7 +888,6 @@ def test_bad_input_is_one_line_and_status_2(words, expected, tmp_path, monkeypat
     assert not any("Traceback" in line for line in said)
     assert expected == "NaN" or not (tmp_path / "run").exists()  # nothing was begun
 
-
 def test_a_folder_with_a_run_is_not_overwritten(finished, monkeypatch, capsys):
     out, _ = finished
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -917,7 +895,6 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, monkeypatch, capsys):
         status, said = command(monkeypatch, capsys, *words, "--out", out)
         assert status == 2 and len(said) == 1 and "another --out" in said[0], said
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-
 
 def sample_command(monkeypatch, capsys, *argv):
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
@@ -929,7 +906,6 @@ def sample_command(monkeypatch, capsys, *argv):
     said = capsys.readouterr()
     return status, said.out.strip(), said.err.strip()
 
-
 def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, capsys):
     grids = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -938,13 +914,54 @@ def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, 
         assert status == 0 and "10 pictures of classes 3, 5" in said
         grids.append((tmp_path / f"{name}.png").read_bytes())
     assert grids[0] == grids[1] != grids[2]
-    status, said, _ = sample_command(monkeypatch, capsys, finished[0], "--reconstruct", "shapes", "--out", tmp_path / "pairs.png")
-    assert status == 0 and f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB" in said
+    for flag, expected in (("--reconstruct", f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB"), ("--retain", "figure 4"),
+                           ("--uniformity", "density_cv")):
+        status, said, _ = sample_command(monkeypatch, capsys, finished[0], flag, "shapes", "--runs", 2, "--out", tmp_path / f"{flag}.png")
+        assert status == 0 and expected in said
+        with Image.open(tmp_path / f"{flag}.png") as picture:
+            assert picture.width > 200 and len(picture.convert("RGB").getcolors(10**6)) > 5
 
+def test_samples_as_arrays_and_their_resumption(finished, tmp_path, monkeypatch, capsys):
+    words = [finished[0], "--n", 250, "--classes", 4, 1, "--steps", 1, "--out"]
+    assert sample_command(monkeypatch, capsys, *words, tmp_path / "whole.npz")[0] == 0
+    whole = np.load(tmp_path / "whole.npz")
+    assert whole.files == ["arr_0", "labels"] and whole["arr_0"].shape == (250, 16, 16, 3) and whole["arr_0"].dtype == np.uint8
+    assert whole["labels"].tolist() == [4, 1] * 125
+    real, calls = XAR.sample, []
+
+    def stop(self, *args):
+        calls.append(len(args[0]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(XAR, "sample", stop)
+    assert sample_command(monkeypatch, capsys, *words, tmp_path / "again.npz")[0] == 130 and not (tmp_path / "again.npz").exists()
+    part = next(tmp_path.glob(".again.npz.*"))
+    part.write_bytes(part.read_bytes() + b"half a batch")
+    assert sample_command(monkeypatch, capsys, *words, tmp_path / "again.npz")[0] == 0
+    assert calls == [100, 100, 50, 50]  # the first two batches were kept
+    assert (np.load(tmp_path / "again.npz")["arr_0"] == whole["arr_0"]).all() and sorted(os.listdir(tmp_path)) == ["again.npz", "whole.npz"]
+
+@torch.no_grad()
+def test_retain_keeps_what_it_says(tmp_path, monkeypatch):
+    model, x, rows = GloTok(TINY).eval(), random_images(5), {}
+    monkeypatch.setattr(sample, "grid", lambda path, labelled, title: rows.update({label.split(":")[0]: images for label, images in labelled}))
+    kept = []
+    monkeypatch.setattr(model, "decode_latents", lambda sem, vis: kept.append((sem, vis)) or x)
+    sample.retain("x.png", model, x)
+    sem, vis = model.composite(*model.encode(x))
+    assert list(rows)[1:] == [f"semantic + {k} % visual" for k in (0, 25, 50, 75, 100)] + [f"{k} % visual alone" for k in (25, 50, 75, 100)]
+    for (s, v), with_sem, share in zip(kept, [1] * 5 + [0] * 4, (0, 25, 50, 75, 100, 25, 50, 75, 100)):
+        assert torch.equal(s, sem * with_sem)
+        whole = (v == vis).all(2)
+        assert ((v == 0).all(2) | whole).all() and (whole.sum(1) == share * 64 // 100).all()  # 64 positions
 
 @pytest.mark.parametrize("words, expected", [
     ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),
-    ("RUN --n 0", "--n 0"), ("RUN --out x.jpg", "x.jpg"), ("RUN --out old.png", "exists"), ("RUN --gidance 2", "'--guidance'"), ("BARE", "--stage generator")])
+    ("RUN --n 0", "--n 0"), ("RUN --out x.jpg", "x.jpg"),
+    ("RUN --retain shapes --out x.npz", "x.npz"), ("RUN --retain shapes --uniformity shapes", "at most one"), ("RUN --retain nowhere", "no data at"), ("RUN --runs 0", "--runs 0"),
+    ("RUN --guidance nan", "guidance is nan"), ("RUN --out old.png", "exists"), ("RUN --gidance 2", "'--guidance'"), ("BARE", "--stage generator")])
 def test_sample_refuses_bad_input(words, expected, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old.png").write_text("precious")
@@ -955,19 +972,16 @@ def test_sample_refuses_bad_input(words, expected, finished, tmp_path, monkeypat
     assert status == 2 and expected in said and len(said.splitlines()) == 1 and said.startswith("sample.py: ")
     assert Path("old.png").read_text() == "precious" and sorted(os.listdir()) == ["bare", "old.png"]
 
-
 def test_a_torn_checkpoint_is_refused(finished, tmp_path, monkeypatch, capsys):
     for path in finished[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 500 if path.name == "tokenizer.pt" else None])
     status, said = command(monkeypatch, capsys, "--resume", "--out", tmp_path)
     assert status == 2 and "tokenizer.pt" in said[-1] and len((tmp_path / "tokenizer.pt").read_bytes()) == 500
 
-
 def test_the_process_itself_says_one_line(tmp_path):
     done = subprocess.run([sys.executable, Path(train.__file__), "--preset", "shape"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
     assert os.listdir(tmp_path) == []
-
 
 def test_help_lists_every_setting(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])

@@ -22,14 +22,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fid import (Progress, batch_indices, fetch, load_data, psnr, read_arrays, run, sha256, to_float, to_uint8, weights_cache, write,
-                 write_json)
-from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, adaptive_weight, choose, cosine_moments,
-                    discriminator, hinge_loss, histogram_relation_loss, kl_divergence, kmeans, relation_histogram, sphere_histogram)
-from sample import Parser, generate, grid, grid_of_pairs, load_checkpoint, load_config, plot, reconstruct, restore, spread
+from fid import Parser, Progress, batch_indices, fetch, load_data, psnr, read_arrays, run, sha256, to_float, to_uint8, write
+from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, adaptive_weight, choose, cosine_moments, discriminator,
+                    hinge_loss, histogram_relation_loss, kl_divergence, kmeans, load_checkpoint, load_config, relation_histogram, restore,
+                    sphere_histogram)
+from sample import decode_all, encode_all, generate, grid, grid_of_pairs, plot, spread
 
 LOG_EVERY = 20
 MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap"}  # settings that --resume may alter
+
 def parse(argv):
     """Command line -> arguments, Config. A flag overrides the run's own settings (--resume) or the preset's."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -56,17 +57,16 @@ def parse(argv):
     args.preset = args.preset or "shapes"
     return args, replace(choose(args.preset, PRESETS, "preset"), **given)
 
-
 def use_bf16(c, device):
-    """bf16 autocast: as told, or where the hardware multiplies bf16 itself (emulated on a CPU it is many times slower)."""
+    """bf16 autocast: as told, or where it is faster: GPUs that have it; CPUs that multiply it natively, if the network is wide (preset
+    shapes took 1.6 times as long with it; where it is emulated it is many times slower)."""
     if c.precision == "auto" and device.type == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     cpu = Path("/proc/cpuinfo")
-    return c.precision == "bf16" or c.precision == "auto" and cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
-
+    native = cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    return c.precision == "bf16" or c.precision == "auto" and c.channels >= 64 and native
 
 # ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)
-
 
 def make_teacher(c, data, device):
     """The teacher, made once: {"histogram" (bins,), "moments" (mean and mean squared cosine), ...}; all that training needs."""
@@ -78,13 +78,12 @@ def make_teacher(c, data, device):
         vectors = patch_centres(c, data, lambda x: net.features(x).flatten(2).transpose(1, 2), device)
     elif c.teacher == "dinov2":
         net, extra = DINOv2().to(device), {}
-        net.load_state_dict(load_checkpoint(fetch("dinov2_vits14_pretrain.pth", weights_cache())))
+        net.load_state_dict(load_checkpoint(fetch("dinov2_vits14_pretrain.pth")))
         vectors = patch_centres(c, data, lambda x: net(F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)), device)
     else:
         vectors = read_vectors(c.teacher)
         extra = {"sha256": sha256(c.teacher if Path(c.teacher).exists() else c.teacher.rpartition(":")[0])}
     return {"histogram": relation_histogram(vectors.to(device), c.bins).cpu(), "moments": cosine_moments(vectors), "vectors": len(vectors), **extra}
-
 
 @torch.no_grad()
 def patch_centres(c, data, features, device, limit=10000, patches=5):
@@ -97,7 +96,6 @@ def patch_centres(c, data, features, device, limit=10000, patches=5):
         found.append(f[:, torch.randperm(f.shape[1], generator=g)[:patches]].flatten(0, 1))
         progress(sum(map(len, found)) // patches)
     return kmeans(torch.cat(found), min(c.teacher_centres, sum(map(len, found)))).cpu()
-
 
 def train_convnet(c, data, device, steps=300, batch=64):
     """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
@@ -112,7 +110,6 @@ def train_convnet(c, data, device, steps=300, batch=64):
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         progress(step + 1, f"loss {loss.item():.3f}")
     return net.eval()
-
 
 def read_vectors(spec):
     """FILE or FILE:TENSOR -> float vectors (n, d), n >= 2: an .npy, .npz, or a checkpoint (.pt, .pth) with a 2-D tensor."""
@@ -133,7 +130,6 @@ def read_vectors(spec):
         raise BadInput(f"{path}: {fits[0]} has vectors that are zero or not finite")
     return vectors
 
-
 def tensors_in(value, name=""):
     """All tensors in nested dictionaries, with dotted names."""
     if torch.is_tensor(value):
@@ -141,19 +137,16 @@ def tensors_in(value, name=""):
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield from tensors_in(inner, f"{name}.{key}" if name else str(key))
 
-
 def learning_rate(step, steps, peak, warmup, cooldown):
     """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0 over the last share `cooldown` of the steps."""
     late = max(0.0, 1 - (steps - step) / max(cooldown * steps, 1))
     return peak * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * late)) / 2
 
-
 def load_lpips(device):
     net, files = LPIPS(), ("vgg16-397923af.pth", "lpips-vgg-v0.1.pth")
-    weights = [load_checkpoint(fetch(name, weights_cache())) for name in files]
+    weights = [load_checkpoint(fetch(name)) for name in files]
     net.load_state_dict({k: v for file in weights for k, v in file.items() if not k.startswith("classifier")})
     return net.to(device)
-
 
 def train_steps(stage, out, parts, steps, batch, c, update, kept, device):
     """Call update(step) until `steps`: it makes one training step and returns (loss terms and "norm", scalar tensors; a function for
@@ -197,9 +190,7 @@ def train_steps(stage, out, parts, steps, batch, c, update, kept, device):
             signal.signal(which, handler)
     return kept, spent + time.time() - start
 
-
 # ---------------------------------------------------------------------------------------------------------- the tokenizer
-
 
 def train_tokenizer(c, out, data, teacher, perceptual, device):
     """Eq. (13), start to end. -> the model, its codebook's histogram before training, seconds."""
@@ -256,19 +247,7 @@ def train_tokenizer(c, out, data, teacher, perceptual, device):
     before, seconds = train_steps("tokenizer", out, parts, c.tokenizer_steps, c.batch_size, c, update, before, device)
     return model.eval(), before, seconds
 
-
 # ---------------------------------------------------------------------------------------------------------- the generator
-
-
-@torch.no_grad()
-def encode_all(model, images, device):
-    """uint8 images -> their indices, int64 (N, 2, h, w): the generator never sees pixels."""
-    progress, out = Progress("encoding", len(images)), []
-    for part in images.split(200):
-        out.append(torch.stack(model.encode(to_float(part, device)), dim=1).cpu())
-        progress(sum(map(len, out)))
-    return torch.cat(out)
-
 
 def train_generator(c, out, data, model, device):
     """xAR on the latents of the training images. -> its moving average, the latents' deviation, seconds."""
@@ -300,9 +279,7 @@ def train_generator(c, out, data, model, device):
     scale, seconds = train_steps("generator", out, parts, c.generator_steps, c.gen_batch, c, update, scale, device)
     return average.eval(), scale, seconds
 
-
 # ------------------------------------------------------------------------------------------------- figures and pictures
-
 
 def load_judge(teacher, device):
     """The convnet teacher as a classifier of uint8 images; None if the teacher was another."""
@@ -312,13 +289,13 @@ def load_judge(teacher, device):
     net.load_state_dict(teacher["convnet"])
     return lambda images: torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in images.split(100)])
 
-
 @torch.no_grad()
 def report_tokenizer(c, out, data, teacher, model, before, seconds, device):
     """Held-out figures, and three pictures in the run folder."""
     held, judge = data.held[spread(len(data.held), c.eval_images)], load_judge(teacher, device)
-    recon, *indices = reconstruct(model, held, device)
-    usage = [len(index.unique()) / len(codes) for index, codes in zip(indices, (model.codebook_sem, model.codebook_vis))]
+    indices = encode_all(model, held, device)
+    recon = decode_all(model, indices, device)
+    usage = [len(index.unique()) / len(codes) for index, codes in zip(indices.unbind(1), (model.codebook_sem, model.codebook_vis))]
     after, bins = relation_histogram(model.codebook_sem).cpu(), torch.linspace(-1, 1, c.bins)
     metrics = {"psnr": psnr(held, recon).mean().item(), "usage_sem": usage[0], "usage_vis": usage[1],
                "hist_kl": kl_divergence(teacher["histogram"], after).item(), "seconds": round(seconds, 1), "images": len(held),
@@ -328,37 +305,36 @@ def report_tokenizer(c, out, data, teacher, model, before, seconds, device):
     grid_of_pairs(out / "reconstructions.png", held, recon)
     plot(out / "histogram.png", [(f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3f}", "cosine similarity", [
         (f"teacher ({Path(c.teacher).name})", bins, teacher["histogram"]), ("codebook after", bins, after), ("codebook before", bins, before.cpu()),
-        (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins))], False)])
+        (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins))], "line")])
     return metrics
-
 
 def report_generator(c, out, data, teacher, model, generator, scale, seconds, device, each=16):
     """samples.png, one row a class, and how often the convnet teacher sees the class that was asked for."""
     shown, judge = min(len(data.classes), 10), load_judge(teacher, device)
     labels = torch.arange(shown, device=device).repeat_interleave(each)
-    images = generate(model, generator, scale, labels, c.sampling_steps, c.guidance, c.seed)
+    images = torch.cat(list(generate(model, generator, scale, labels, c.sampling_steps, c.guidance, c.seed)))
     grid(out / "samples.png", [(data.classes[k], images[k * each:][:12]) for k in range(shown)], f"generated, guidance {c.guidance:g}")
     accuracy = {"samples_class_accuracy": (judge(images) == labels.cpu()).float().mean().item()} if judge else {}
     return {"generator_seconds": round(seconds, 1), **accuracy}
-
 
 def read_log(out):
     path = out / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
+def write_json(path, value):
+    write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 def draw_curves(out):
     rows, panels = read_log(out), []
-    for stage, title, log, *names in (
-            ("tokenizer", "PSNR of training images, dB", False, "psnr"), ("tokenizer", "L_R and L_P, eq. (3)", True, "recon", "perceptual"),
-            ("tokenizer", "L_Q (1) and L_res (10)", True, "quantize", "residual"), ("tokenizer", "L_hist (7)", True, "hist"),
-            ("tokenizer", "share of codes in use", False, "usage_sem", "usage_vis"),
-            ("tokenizer", "L_G and the discriminator's loss", False, "adv", "critic"), ("generator", "flow matching", True, "flow")):
+    for stage, title, style, *names in (
+            ("tokenizer", "PSNR of training images, dB", "line", "psnr"), ("tokenizer", "L_R and L_P, eq. (3)", "log", "recon", "perceptual"),
+            ("tokenizer", "L_Q (1) and L_res (10)", "log", "quantize", "residual"), ("tokenizer", "L_hist (7)", "log", "hist"),
+            ("tokenizer", "share of codes in use", "line", "usage_sem", "usage_vis"),
+            ("tokenizer", "L_G and the discriminator's loss", "line", "adv", "critic"), ("generator", "flow matching", "log", "flow")):
         points = {n: [(r["step"], r[n]) for r in rows if r["stage"] == stage and n in r] for n in names}
         if any(points.values()):
-            panels.append((title, f"{stage} step", [(n, *zip(*p)) for n, p in points.items() if p], log))
+            panels.append((title, f"{stage} step", [(n, *zip(*p)) for n, p in points.items() if p], style))
     plot(out / "curves.png", panels)
-
 
 def main(argv=None):
     args, c = parse(argv)
@@ -394,7 +370,6 @@ def main(argv=None):
     draw_curves(out)
     figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
     print(f"{out}: {figures}; {time.time() - begin:.0f} s in all")
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,29 +1,29 @@
-"""Read images from anywhere, and measure them.
+"""Read images from anywhere, and measure them: FID, Inception Score, PSNR.
 
-A data SPEC is one of
-    shapes     drawn on the spot: six shapes (the class) in free colours, sizes and places on free backgrounds
-    cifar10    CIFAR-10, downloaded once into data/ and checked
-    FOLDER     images in class sub-folders, or flat; its train/ and val/ (or test/) if it has them
-    FILE.npz   its first array uint8 (N, H, W, 3), and `labels` (N,) if there are any
+    python fid.py REFERENCE SAMPLES                                  # folders, .npz of images or of statistics, or cifar10
+    python fid.py cifar10 samples.npz --save-stats cifar10.npz       # next time: python fid.py cifar10.npz OTHER
+
+A data SPEC of the other scripts is shapes (drawn on the spot), cifar10 (downloaded once into data/ and checked), a folder (class
+sub-folders, or flat; its train/ and val/ or test/ if it has them) or an .npz (first array uint8 (N, H, W, 3), optional `labels`).
 """
 import argparse
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import tarfile
-import time
-import urllib.request
-import zipfile
+from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from glotok import BadInput, choose
+from glotok import SHAPES, BadInput, Progress, choose, draw_shapes, load_checkpoint, load_state, psnr, read_arrays
 
 # -------------------------------------------------------------------------------------- what every script needs: small tools
 
@@ -42,12 +42,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage text
         raise BadInput(message)
 
-    def parse(self, argv):
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            choose(unknown[0].split("=")[0], list(self._option_string_actions), "flag")
-            raise BadInput(f"what is {unknown[0]!r}?")
-        return args
+    def parse(self, about):
+        self.description, self.formatter_class, self.allow_abbrev = about, argparse.RawDescriptionHelpFormatter, False
+        args, unknown = self.parse_known_args()
+        return choose(unknown[0].split("=")[0], self._option_string_actions, "flag") if unknown else args
 
 def write(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: the file is complete or absent."""
@@ -55,49 +53,22 @@ def write(path, save):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
+            save(file), file.flush(), os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
-class Progress:
-    """A line on standard error that overwrites itself on a terminal; elsewhere a plain line every ten seconds at most."""
-
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first, self.start, self.said = what, total, done, time.time(), time.time()
-
-    def __call__(self, done, text=""):
-        now, tty = time.time(), sys.stderr.isatty()
-        if done < self.total and now - self.said < (0.2 if tty else 10):
-            return
-        left = int((now - self.start) / max(done - self.first, 1) * (self.total - done))
-        line = f"{self.what} {done}/{self.total}  {text}{'  ' if text else ''}{left // 60}:{left % 60:02d} left"
-        print(f"\r{line}\033[K" if tty else line, end="\n" if not tty or done >= self.total else "", file=sys.stderr, flush=True)
-        self.said = now
-
-def read_arrays(path):
-    """The arrays of an .npz, or of an .npy under the name "array"; nothing in them is ever unpickled."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        return dict(file) if path.suffix == ".npz" else {"array": file}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-
 # ------------------------------------------------------------------------------------------------------- published files
 
-PUBLISHED = {  # name: (address, SHA-256)
-    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-                               "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
-    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-                                   "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
-                           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    "lpips-vgg-v0.1.pth": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
-                           "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+WEIGHTS, HUB = "pt_inception-2015-12-05-6726825d.pth", "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
+PUBLISHED = {  # file: its folder, its SHA-256
+    WEIGHTS: ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
+    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "vgg.pth": (HUB, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),  # the heads of LPIPS
 }
 
 def sha256(path):
@@ -106,42 +77,26 @@ def sha256(path):
 
 def fetch(name, folder=None):
     """Path of a published file in folder (default: torch's cache), downloaded if it is not there, its SHA-256 checked every time."""
-    (url, digest), path = PUBLISHED[name], Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
-    if path.exists():
-        if sha256(path) != digest:
-            raise BadInput(f"{path} is not the published file (its SHA-256 should be {digest}): delete it to download it again")
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=30) as source:
-            progress, seen = Progress(f"downloading {name}, MB", int(source.headers.get("Content-Length") or 0) >> 20), hashlib.sha256()
-
-            def copy(file):
-                while block := source.read(1 << 20):
-                    seen.update(block)
-                    progress(file.write(block) and file.tell() >> 20)
-                if seen.hexdigest() != digest:
-                    raise BadInput(f"{url} gave a file with another SHA-256 than {digest}: nothing kept")
-
-            write(path, copy)
-    except OSError as error:  # URLError is one
-        raise BadInput(f"cannot download {name} ({error}): fetch {url} elsewhere and put it at {path}; SHA-256 {digest}") from None
+    (source, digest), path = PUBLISHED[name], Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(source + name, str(path), digest)  # to a temporary file, checked, renamed
+        except (OSError, RuntimeError) as error:  # no network; another SHA-256
+            raise BadInput(f"cannot download {name} ({error}): fetch {source + name} elsewhere and put it at {path}; SHA-256 {digest}") from None
+    elif sha256(path) != digest:
+        raise BadInput(f"{path} is not the published file (its SHA-256 should be {digest}): delete it to download it again")
     return path
 
 # --------------------------------------------------------------------------------------------------------------- data sets
 
-class Data(NamedTuple):
-    """Images uint8 (N, 3, H, W), labels int64 (N,), and the held-out ones; names of the classes."""
-
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    held: torch.Tensor
-    held_labels: torch.Tensor
-    classes: list
+# images uint8 (N, 3, H, W) and labels int64 (N,) to train on and held out; the names of the classes
+Data = namedtuple("Data", "train train_labels held held_labels classes")
 
 def load_data(spec, size, seed=0):
     """A data SPEC (above) as Data, every image size x size. Pictures of another shape are resized and centre-cropped."""
     if spec == "shapes":
-        return Data(*draw_shapes(20000, size, seed), *draw_shapes(1000, size, seed + 1), SHAPES)
+        return Data(*draw_shapes(20000, size, seed), *draw_shapes(1000, size, seed + 1), list(SHAPES))
     if spec == "cifar10":
         return read_cifar10(fetch("cifar-10-binary.tar.gz", "data"), size)
     path = Path(spec)
@@ -156,39 +111,6 @@ def load_data(spec, size, seed=0):
     held, train = (part.sort().values for part in order.tensor_split([max(1, len(images) // 20)]))
     return Data(images[train], labels[train], images[held], labels[held], classes)
 
-SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
-OUTLINES = [  # signed distance to each outline at (u, v), in radii, negative inside; |u|, v, |v| suffice
-    lambda u, v, w: torch.hypot(u, v) - 1,
-    lambda u, v, w: (torch.hypot(u, v) - 0.75).abs() - 0.25,
-    lambda u, v, w: torch.maximum(u, w) - 0.85,
-    lambda u, v, w: torch.maximum(v - 0.55, 0.866 * u - 0.5 * v - 0.55),
-    lambda u, v, w: torch.minimum(torch.maximum(u - 1, w - 0.35), torch.maximum(w - 1, u - 0.35)),
-    lambda u, v, w: torch.maximum(u - 0.95, (w - 0.6).abs() - 0.28),
-]
-
-def draw_shapes(n, size, seed):
-    """n pictures uint8 (n, 3, size, size) and their classes int64 (n,); the same for the same seed."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(SHAPES), (n,), generator=g)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
-    radius = uniform(0.28, 0.38, 1, 1) * size
-    x, y = (radius + 1 + uniform(0, 1, 1, 1) * (size - 2 * radius - 2) for _ in range(2))
-    back = uniform(0, 1, 2, 3)  # the background: a gradient between two colours; the shape: of four colours the one furthest from both
-    back[:, 1] = back[:, 0] + 0.6 * (back[:, 1] - back[:, 0])
-    colours = uniform(0, 1, 4, 3)
-    contrast = (colours[:, :, None] - back[:, None]).abs().sum(3).amin(2)  # (n, 4)
-    colour = colours[torch.arange(n), contrast.argmax(1)]
-    slope = uniform(-1, 1, 2)
-    images, at = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.arange(size) + 0.5
-    for k, outline in enumerate(OUTLINES):
-        for part in (labels == k).nonzero()[:, 0].split(1000):
-            u, v = (at[None, None, :] - x[part]) / radius[part], (at[None, :, None] - y[part]) / radius[part]
-            cover = (0.5 - outline(u.abs(), v, v.abs()) * radius[part]).clamp(0, 1)[:, None]  # antialiased over one pixel
-            ramp = (0.5 + slope[part, :1, None] * (at / size - 0.5) + slope[part, 1:, None] * (at[:, None] / size - 0.5)).clamp(0, 1)[:, None]
-            ground = torch.lerp(back[part, 0, :, None, None], back[part, 1, :, None, None], ramp)
-            images[part] = (255 * torch.lerp(ground, colour[part, :, None, None], cover)).round().byte()
-    return images, labels
-
 def read_cifar10(path, size):
     """CIFAR-10's binary archive: records of a label byte and 3 x 32 x 32 colour bytes, read without unpacking."""
     parts, classes = {}, "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -196,9 +118,10 @@ def read_cifar10(path, size):
         for member in archive:
             if member.isfile() and member.name.endswith(".bin"):
                 parts[Path(member.name).name] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
-    read = lambda names: read_all("CIFAR-10", (r := np.concatenate([parts[f"{n}.bin"] for n in names]))[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1),
-                                  torch.from_numpy(r[:, 0].astype(np.int64)), classes, size)
-    return Data(*read([f"data_batch_{i}" for i in range(1, 6)])[:2], *read(["test_batch"]))
+    records = np.concatenate([parts[f"{name}.bin"] for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")])
+    pictures, labels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), torch.from_numpy(records[:, 0].astype(np.int64))
+    images, n = read_all("CIFAR-10", pictures, labels, classes, size)[0], len(parts["test_batch.bin"])
+    return Data(images[:-n], labels[:-n], images[-n:], labels[-n:], classes)
 
 def list_images(path, classes=None):
     """A folder or an .npz -> its name, its images (files, sorted, or one array (N, H, W, 3)), their labels, the names of the classes:
@@ -207,12 +130,10 @@ def list_images(path, classes=None):
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp"} and p.name[0] != ".")
         names = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
         classes = classes or sorted(set(names))
-        if strange := sorted(set(names) - set(classes)):
-            raise BadInput(f"{path} has a class that train/ has not: {strange[0]!r}")
-        if not files:
-            raise BadInput(f"no images (.png, .jpg, .jpeg, .webp, .bmp) in {path}")
-        position = {name: i for i, name in enumerate(classes)}
-        return path, files, torch.tensor([position[name] for name in names]), classes
+        if not files or set(names) - set(classes):
+            raise BadInput(f"no images (.png, .jpg, .jpeg, .webp, .bmp) in {path}" if not files else
+                           f"{path} has a class that train/ has not: {min(set(names) - set(classes))!r}")
+        return path, files, torch.tensor([*map({name: i for i, name in enumerate(classes)}.get, names)]), classes
     if path.suffix != ".npz" or not path.is_file():
         raise BadInput(f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file")
     arrays = read_arrays(path)
@@ -225,69 +146,224 @@ def list_images(path, classes=None):
         raise BadInput(f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} {labels.shape}")
     return path, images, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max(initial=0) + 1)]
 
-def decode(item):
-    """A file or an array (H, W, 3) -> an upright RGB picture, or why not."""
-    try:
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item)
-        with Image.open(item) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
-        return f"{item} ({' '.join(str(error).split())})"
+def decoded(where, items, prepare, tolerated):
+    """(i, prepare(RGB picture)) for each of items, files or arrays (H, W, 3); decoded in parallel, few at a time, photographs upright.
+    Unreadable ones are named and left out; more than a share `tolerated` of them is an error."""
+    bad, progress = [], Progress(f"reading {where}", len(items))
 
-def read_all(where, items, labels, classes, size, tolerated=0.01):
-    """Decode items in parallel -> uint8 (N, 3, size, size), their labels, the classes. Pictures of another size: the largest centred
-    square, resized bicubically with antialiasing. Unreadable ones are named and left out; more than a share `tolerated` is an error."""
-    images, bad, resized = torch.empty(len(items), 3, size, size, dtype=torch.uint8), {}, 0
+    def attempt(item):
+        try:
+            if isinstance(item, np.ndarray):
+                return prepare(Image.fromarray(item))
+            with Image.open(item) as picture:
+                return prepare(ImageOps.exif_transpose(picture).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+            return f"{item} ({' '.join(str(error).split())})"
 
-    def read(i):
-        if isinstance(picture := decode(items[i]), str):
-            bad[i] = picture
-            return False
-        other = picture.size != (size, size)
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC) if other else picture
-        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        return other
-
-    progress = Progress(f"reading {where}", len(items))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, other in enumerate(pool.map(read, range(len(items))), 1):
-            resized += other
-            if len(items) > 5000:
-                progress(done)
-    what = f"of {len(items)} images in {where}"
-    listed = "; ".join(bad[i] for i in sorted(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
-    if len(bad) > tolerated * len(items):
-        raise BadInput(f"{len(bad)} {what} cannot be read: {listed}")
-    for n, text in ((len(bad), f"cannot be read and are left out: {listed}"), (resized, f"are not {size}x{size}: resized and centre-cropped")):
-        if n:
-            print(f"note: {n} {what} {text}", file=sys.stderr)
-    keep = [i for i in range(len(items)) if i not in bad]
-    return (images[keep], labels[keep], classes) if bad else (images, labels, classes)
+        for first in range(0, len(items), 64):
+            for i, out in enumerate(pool.map(attempt, items[first:first + 64]), first):
+                if isinstance(out, str):
+                    bad.append(out)
+                else:
+                    yield i, out
+            said = f"{len(bad)} of {len(items)} images in {where} cannot be read: {'; '.join(bad[:3])}{'; ...' * (len(bad) > 3)}"
+            if len(bad) > tolerated * len(items):
+                raise BadInput(f"{said}. Mend or remove them")
+            progress(first + 64)
+    if bad:
+        print(f"note: {said}. Left out", file=sys.stderr)
 
-# ------------------------------------------------------------------------------------------------- from images to batches
+def to_tensor(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-def to_float(images, device, flip=False):
-    """uint8 (B, 3, H, W) -> float in [-1, 1], each mirrored with probability 1/2 if flip."""
-    x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x) if flip else x
+def read_all(where, items, labels, classes, size):
+    """-> uint8 (N, 3, size, size), their labels, the classes. Pictures of another size: the largest centred square, resized bicubically
+    with antialiasing. Up to 1 % unreadable ones are left out."""
+    images, kept, resized = torch.empty(len(items), 3, size, size, dtype=torch.uint8), [], 0
 
-def to_uint8(x):
-    """float in [-1, 1], clipped -> uint8, rounded."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    def prepare(picture):
+        same = picture.size == (size, size)
+        return same, to_tensor(picture if same else ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
-@functools.lru_cache(2)
-def shuffle(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    for i, (same, picture) in decoded(where, items, prepare, 0.01):
+        images[i] = picture
+        kept.append(i)
+        resized += not same
+    if resized:
+        print(f"note: {resized} of {len(items)} images in {where} are not {size}x{size}: resized and centre-cropped", file=sys.stderr)
+    return (images, labels, classes) if len(kept) == len(items) else (images[kept], labels[kept], classes)
 
-def batch_indices(n, batch, step, seed):
-    """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
-    at = torch.arange(step * batch, (step + 1) * batch)
-    return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
+# ------------------------------------------------------------------------------------------------------------------- FID
+#
+# FID (Heusel et al. 2017) asks how far apart two sets of images lie in the eyes of a network. Take the 2,048 pooled features of
+# each image, think of each set as a Gaussian, and measure the Frechet distance between the two:
+#
+#     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
+#
+# S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer than features. But it has the
+# eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric and positive: the trace of the root is the sum of their square roots.
+# What biases FID: few images (upwards: their scatter counts as distance, badly below 2,048), another resizing or file format (JPEG!),
+# another network. Compare values of one protocol only. Here: that of ADM's evaluator.
 
-# --------------------------------------------------------------------------------------------------------------- measures
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Means (d,), covariances (d, d) of two sets -> their Frechet distance, float, computed in float64."""
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item())
 
-def psnr(x, y):
-    """Peak signal-to-noise ratio of uint8 images (N, C, H, W), dB, each image's own: (N,). Equal images: 99."""
-    mse = (x.float() - y.float()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255**2 / mse.clamp_min(255**2 / 10**9.9))
+def inception_score(logits, splits=10):
+    """Logits (N, 1008) -> mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))): sure of each image, and of many kinds.
+    Shuffled first, and with torch-fidelity's seed to give its very number: images in order of class would fool the splits."""
+    p = torch.as_tensor(logits)[np.random.RandomState(2020).permutation(len(logits))].double().softmax(1)
+    parts = p.tensor_split([i * len(p) // splits for i in range(1, splits)])
+    scores = torch.stack([torch.special.xlogy(part, part / part.mean(0)).sum(1).mean().exp() for part in parts])
+    return scores.mean().item(), scores.std(correction=0).item()
+
+A = "mean branch1x1=64 branch5x5=48,64@5 branch3x3dbl=64,96@3,96@3 branch_pool="
+C = "mean branch1x1=192 branch7x7={0},{0}@1x7,192@7x1 branch7x7dbl={0},{0}@7x1,{0}@1x7,{0}@7x1,192@1x7 branch_pool=192"
+E = " branch1x1=320 branch3x3=384,384@fork branch3x3dbl=448,384@3,384@fork branch_pool=192"
+GRAPH = {  # block: pool, branches side by side (channels@kernel; "s" strides by 2, "fork" is a 1x3 and a 3x1 side by side)
+    "5b": A + "32", "5c": A + "64", "5d": A + "64", "6a": "halve branch3x3=384@3s branch3x3dbl=64,96@3,96@3s",
+    "6b": C.format(128), "6c": C.format(160), "6d": C.format(160), "6e": C.format(192),
+    "7a": "halve branch3x3=192,320@3s branch7x7x3=192,192@1x7,192@7x1,192@3s", "7b": "mean" + E, "7c": "max" + E}
+POOLS = {"mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
+
+def unit(c_in, c_out, kernel="1", pad=True):
+    """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides or pad is False."""
+    stride, size = 1 + kernel.endswith("s"), (2 * [int(k) for k in kernel.rstrip("s").split("x")])[:2]
+    conv = nn.Conv2d(c_in, c_out, size, stride, [k // 2 if pad and stride == 1 else 0 for k in size], bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU()))
+
+class Mixed(nn.ModuleDict):
+    """A row of GRAPH, its channels concatenated. The pool feeds branch_pool; without one it is the last branch itself."""
+
+    def __init__(self, c_in, pool, *branches):
+        super().__init__()
+        self.pool, self.paths, self.width = POOLS[pool], {}, c_in * (pool == "halve")
+        for name, units in (branch.split("=") for branch in branches):
+            c, self.paths[name] = c_in, []
+            for i, (c_out, _, kernel) in enumerate(u.partition("@") for u in units.split(",")):
+                label = f"{name}_{i + 1}" if "," in units else name
+                parts = {label + "a": "1x3", label + "b": "3x1"} if kernel == "fork" else {label: kernel or "1"}
+                self.update({label: unit(c, int(c_out), kernel) for label, kernel in parts.items()})
+                self.paths[name].append(list(parts))
+                c = int(c_out)
+            self.width += c * len(parts)
+
+    def forward(self, x):
+        out, pooled = [], self.pool(x)
+        for name, path in self.paths.items():
+            y = pooled if name == "branch_pool" else x
+            for labels in path:
+                y = torch.cat([self[label](y) for label in labels], dim=1)
+            out.append(y)
+        return torch.cat(out if name == "branch_pool" else [*out, pooled], dim=1)
+
+class InceptionV3(nn.Sequential):
+    """The 2015 Inception graph: uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008). State-dict names of
+    pt_inception-2015-12-05. Its quirks, all part of published numbers: average pools that leave the padding out of the mean, a last
+    block that pools by maximum, 1,008 outputs for 1,000 classes, and TensorFlow 1's resizing (below)."""
+
+    def __init__(self):
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=unit(3, 32, "3s"), Conv2d_2a_3x3=unit(32, 32, "3", pad=False), Conv2d_2b_3x3=unit(32, 64, "3"), pool1=POOLS["halve"],
+            Conv2d_3b_1x1=unit(64, 80), Conv2d_4a_3x3=unit(80, 192, "3", pad=False), pool2=POOLS["halve"]))
+        width = 192
+        for name, row in GRAPH.items():
+            self.add_module(f"Mixed_{name}", Mixed(width, *row.split()))
+            width = self[-1].width
+        self.add_module("fc", nn.Linear(width, 1008))
+        self.eval().requires_grad_(False)
+
+    def fold(self):
+        """Merge every batch norm into its convolution: the same function, faster. The state-dict names are lost."""
+        for m in [m for m in self.modules() if hasattr(m, "bn")]:
+            m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+        return self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        rows, columns = (resize_matrix(n).to(images.device) for n in images.shape[2:])
+        x = ((rows @ images.float() @ columns.T - 128) / 128).contiguous(memory_format=torch.channels_last)
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        x = x.mean((2, 3))
+        return x, F.linear(x, self.fc.weight)
+
+@functools.lru_cache(8)
+def resize_matrix(n, to=299):
+    """Bilinear interpolation of n points to `to` as TensorFlow 1 does it, (to, n): point i comes from i * n / to, without half-pixel
+    centres and without antialiasing. Both axes at once: R_h @ image @ R_w'."""
+    at = torch.arange(to) * (n / to)
+    low = at.floor().long().clamp(max=n - 1)
+    part = (at - low)[:, None]
+    return (1 - part) * F.one_hot(low, n) + part * F.one_hot((low + 1).clamp(max=n - 1), n)
+
+def load_inception(file, device):
+    """The published network, or the one in `file`, ready to measure; its batch norms folded."""
+    path = Path(file) if file else fetch(WEIGHTS)
+    net = InceptionV3()
+    load_state(net, load_checkpoint(path), path)
+    if file and sha256(path) != PUBLISHED[WEIGHTS][1]:
+        print(f"note: {path} is not the published network: what it measures is not FID", file=sys.stderr)
+    return net.fold().to(device)
+
+@torch.no_grad()
+def measure(where, items, net, device, skip_bad=False, batch=50):
+    """Images (files, or an array (N, H, W, 3)) -> mean (2048,) and covariance (2048, 2048) of their features, float64, and logits
+    (N, 1008). Sums accumulate batch by batch; each size of picture is resized by itself."""
+    total, outer, found, pictures = 0, 0, [], decoded(where, items, to_tensor, 1 if skip_bad else 0)
+    for _, group in itertools.groupby(pictures, lambda pair: (pair[0] // batch, pair[1].shape)):
+        f, logits = (y.cpu() for y in net(torch.stack([x for _, x in group]).to(device)))
+        total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
+        found.append(logits)
+    n = sum(map(len, found))
+    if n < 2:
+        raise BadInput(f"{where}: a covariance takes at least 2 images, and {n} could be read")
+    if n < 2048:
+        print(f"note: {where} has {n} images: below 2,048 FID is biased upward, badly", file=sys.stderr)
+    return total / n, (outer - torch.outer(total, total) / n) / (n - 1), torch.cat(found)
+
+def read_set(spec, want_images):
+    """-> images (files, or an array (N, H, W, 3)), or the statistics (mu (2048,), sigma (2048, 2048), None) of an .npz (pytorch-fid's, ADM's)."""
+    if spec in ("shapes", "cifar10"):
+        return load_data(spec, 32).train.permute(0, 2, 3, 1).numpy()
+    arrays = read_arrays(Path(spec)) if Path(spec).suffix == ".npz" and Path(spec).is_file() else {}
+    if not {"mu", "sigma"} <= set(arrays) or want_images and "arr_0" in arrays:
+        return list_images(Path(spec))[1]
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(sigma.sum() + mu.sum()):
+        raise BadInput(f"{spec}: want finite statistics mu (2048,) and sigma (2048, 2048), and it has {mu.shape} and {sigma.shape}")
+    return mu, sigma, None
+
+def main():
+    parser = Parser()
+    for name in ("reference", "samples"):
+        parser.add_argument(name, help="a folder of images, an .npz of images or of statistics (mu, sigma), or cifar10: its training images")
+    parser.add_argument("--weights", metavar="FILE", help=f"a local file of the network (default: {WEIGHTS}, downloaded once)")
+    parser.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma of the reference")
+    parser.add_argument("--paired", action="store_true", help="also the PSNR between the i-th reference image and the i-th sample")
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
+    args = parser.parse(__doc__)
+    specs, device = (args.reference, args.samples), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sets = [read_set(spec, want) for spec, want in zip(specs, (args.paired, True))]
+    known = [isinstance(s, tuple) for s in sets]
+    if args.paired and (any(known) or len(sets[0]) != len(sets[1])):
+        raise BadInput("--paired wants as many samples as reference images, and images of both")
+    if args.save_stats and Path(args.save_stats).suffix != ".npz":
+        raise BadInput(f"--save-stats {args.save_stats} must end in .npz")
+    net = None if all(known) else load_inception(args.weights, device)
+    (mu1, sigma1, _), (mu2, sigma2, logits) = (s if k else measure(spec, s, net, device, args.skip_bad) for spec, s, k in zip(specs, sets, known))
+    print(f"fid {frechet_distance(mu1, sigma1, mu2, sigma2):.6f}")
+    if logits is not None:
+        print("is {:.6f} {:.6f}".format(*inception_score(logits)))
+    if args.paired:
+        pairs = zip(*(decoded(spec, s, to_tensor, 0) for spec, s in zip(specs, sets)))
+        print(f"psnr {torch.cat([psnr(a[None], b[None]) for (_, a), (_, b) in pairs]).mean():.4f}")
+    if args.save_stats:
+        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
+
+if __name__ == "__main__":
+    run(main)

@@ -18,9 +18,12 @@ import difflib
 import json
 import math
 import pickle
+import sys
+import time
 import zipfile
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -395,9 +398,9 @@ class Block(nn.Module):
     def forward(self, x, condition=None, rotary=None, mask=None, cache=None, keep=False):
         B, T, W = x.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = 0, 0, 1, 0, 0, 1
-        if condition is not None:  # each (B, T, W): a cell's tokens share it
-            modulation = self.modulation(F.silu(condition)).repeat_interleave(T // condition.shape[1], dim=1)
-            scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=2)
+        if condition is not None:  # each (B, cells, 1, W): a cell's tokens share it
+            scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(condition))[:, :, None].chunk(6, dim=3)
+            x = x.unflatten(1, (condition.shape[1], -1))  # (B, cells, tokens, W)
         h = F.rms_norm(x, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, W / heads)
         if rotary is not None:
@@ -406,9 +409,10 @@ class Block(nn.Module):
             past, k, v = (k, v), torch.cat([c[0] for c in cache] + [k], 2), torch.cat([c[1] for c in cache] + [v], 2)
             if keep:
                 cache.append(past)
-        x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, W))
+        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(x.shape)
+        x = x + gate1 * self.proj(attended)
         gate, up = self.mlp_in(F.rms_norm(x, (W,)) * (1 + scale2) + shift2).chunk(2, dim=-1)
-        return x + gate2 * self.mlp_out(F.silu(gate) * up)
+        return (x + gate2 * self.mlp_out(F.silu(gate) * up)).view(B, T, W)
 
 class Transformer(nn.Module):
     """Linear, learned positions, blocks, linear: tokens (B, T, d_in) -> (B, T, d_out). Adapters and residual modules.
@@ -532,6 +536,20 @@ def adaptive_weight(recon_loss, adv_loss, last_layer):
     of_recon, of_adv = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (recon_loss, adv_loss))
     return (of_recon / (of_adv + 1e-4)).clamp(max=1e4).detach()
 
+def to_float(images, device, flip=False):
+    """Images uint8 (B, 3, H, W) -> float in [-1, 1], each mirrored with probability 1/2 if flip."""
+    x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x) if flip else x
+
+def to_uint8(x):
+    """float in [-1, 1], clipped -> uint8, rounded."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio of uint8 images (N, C, H, W), dB, each image's own: (N,). Equal images: 99."""
+    mse = (x.float() - y.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / mse.clamp_min(255**2 / 10**9.9))
+
 # ------------------------------------------------------------------------------- the generator: xAR (section 3.4)
 #
 # Two indices a position, predicted one after the other, double the chances to err, and errors feed on errors. So the paper
@@ -600,8 +618,8 @@ class XAR(nn.Module):
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches is not None else None
             x = block(x, condition, self.angles[here], self.mask[here, here] if cache is None else None, cache, keep)
-        scale, shift = self.last(F.silu(condition)).repeat_interleave(self.tokens, dim=1).chunk(2, dim=2)
-        return self.out(F.rms_norm(x, x.shape[-1:]) * (1 + scale) + shift).float().view_as(z)
+        scale, shift = self.last(F.silu(condition))[:, :, None].chunk(2, dim=3)
+        return self.out(F.rms_norm(x.unflatten(1, (k, -1)), x.shape[-1:]) * (1 + scale) + shift).float()
 
     def loss(self, latents, labels):
         """Flow matching with noisy context: latents (B, C, h, w), labels (B,) -> mean squared error of the velocity."""
@@ -614,7 +632,7 @@ class XAR(nn.Module):
         return F.mse_loss(self.velocity(noisy, t, labels), noise - z)
 
     @torch.no_grad()
-    def sample(self, labels, steps=25, guidance=1.0, cached=True):
+    def sample(self, labels, steps=25, guidance=1.0):
         """Labels (B,) -> latents (B, C, h, w). Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one Euler step to 0; Euler
         throughout unless config.stochastic. Guidance grows linearly over the cells, from 1 at the first. Noise: the global generator's."""
         c, B, device = self.config, len(labels), labels.device
@@ -626,12 +644,7 @@ class XAR(nn.Module):
             z = torch.randn(B, 1, self.tokens, 2 * c.code_dim, device=device)
 
             def guided(z, t, keep=False):
-                now = torch.full((2 * B, 1), t, device=device)
-                if cached:
-                    v = self.velocity(z.repeat(2, 1, 1, 1), now, both, cell, caches, keep)
-                else:  # everything anew: the clean cells at t = 0, then this one
-                    context = torch.cat([done, z], dim=1).repeat(2, 1, 1, 1)
-                    v = self.velocity(context, torch.cat([now.new_zeros(2 * B, cell), now], dim=1), both)[:, -1:]
+                v = self.velocity(z.repeat(2, 1, 1, 1), torch.full((2 * B, 1), t, device=device), both, cell, caches, keep)
                 with_label, without = v.chunk(2)
                 return without + strength * (with_label - without)
 
@@ -642,12 +655,32 @@ class XAR(nn.Module):
                     z = z + (v - t * score) * (after - t) + math.sqrt(2 * t * (t - after)) * torch.randn_like(z)
                 else:
                     z = z + v * (after - t)
-            if cached:
-                guided(z, 0.0, keep=True)  # a finished cell enters clean
+            guided(z, 0.0, keep=True)  # a finished cell enters the cache clean
             done = torch.cat([done, z], dim=1)
         return self.grid(done)
 
-# ------------------------------------------------------------------------------------------------------- reading a run
+# ------------------------------------------------------------------------------------- reading files, telling progress
+
+class Progress:
+    """A line on standard error that overwrites itself on a terminal; elsewhere a plain line every ten seconds at most."""
+
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.first, self.start, self.said = what, total, done, time.time(), time.time()
+
+    def __call__(self, done, text=""):
+        now, tty, last = time.time(), sys.stderr.isatty(), done >= self.total
+        if last or now - self.said > (0.2 if tty else 10):
+            left, self.said = int((now - self.start) / max(done - self.first, 1) * (self.total - done)), now
+            line = f"{self.what} {done}/{self.total}  {text}{'  ' * bool(text)}{left // 60}:{left % 60:02d} left"
+            print(f"\r{line}\033[K" if tty else line, end="" if tty and not last else "\n", file=sys.stderr, flush=True)
+
+def read_arrays(path):
+    """The arrays of an .npz, or of an .npy under the name "array"; nothing in them is ever unpickled."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        return dict(file) if path.suffix == ".npz" else {"array": file}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
 
 def load_config(out):
     """The Config of the run in folder `out`, and the name of its preset."""
@@ -667,14 +700,18 @@ def load_checkpoint(path, device="cpu"):
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise BadInput(f"cannot read {path}: {(str(error) or 'damaged').splitlines()[0]}") from None
 
+def load_state(part, state, path):
+    """part.load_state_dict(state), where state comes from the file `path`."""
+    try:
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} holds other weights than these settings ask for: {' '.join(str(error).split())[:200]}") from None
+
 def restore(path, parts, device):
     """Load the states in a checkpoint into parts, {name: module or optimizer}; -> everything in the checkpoint."""
     saved = load_checkpoint(path, device)
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} does not fit the settings in config.json beside it: {str(error).splitlines()[0]}") from None
+    for name, part in parts.items():
+        load_state(part, saved.get(name) if isinstance(saved, dict) else None, path)
     return saved
 
 def load_run(folder, device, generator=False):
@@ -924,3 +961,34 @@ def uniformity(points):
     return {"density_cv": (density.std(correction=0) / density.mean()).item(),
             "normalized_entropy": (torch.special.entr(share).sum() / math.log(n)).item(),
             "gini": ((2 * torch.arange(1, n + 1) - n - 1) * share).sum().item() / n}
+
+# ------------------------------------------------------------------------------------ appendix: the built-in pictures
+
+SHAPES = {  # signed distance to each outline at (u, v), in radii, negative inside; a = |u| and b = |v|
+    "disc": lambda a, b, v: torch.hypot(a, b) - 1,
+    "ring": lambda a, b, v: (torch.hypot(a, b) - 0.75).abs() - 0.25,
+    "square": lambda a, b, v: torch.maximum(a, b) - 0.85,
+    "triangle": lambda a, b, v: torch.maximum(v - 0.55, 0.866 * a - 0.5 * v - 0.55),
+    "cross": lambda a, b, v: torch.minimum(torch.maximum(a - 1, b - 0.35), torch.maximum(b - 1, a - 0.35)),
+    "bars": lambda a, b, v: torch.maximum(a - 0.95, (b - 0.6).abs() - 0.28),
+}
+
+def draw_shapes(n, size, seed):
+    """n pictures uint8 (n, 3, size, size) and their classes int64 (n,), positions in SHAPES; the same for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
+    labels, radius = torch.randint(len(SHAPES), (n,), generator=g), uniform(0.28, 0.38, 1, 1) * size
+    x, y = (radius + 1 + uniform(0, 1, 1, 1) * (size - 2 * radius - 2) for _ in range(2))
+    back = uniform(0, 1, 2, 3)  # the background: a gradient between two colours; the shape: of four colours the one furthest from both
+    back[:, 1] = back[:, 0] + 0.6 * (back[:, 1] - back[:, 0])
+    colours, slope = uniform(0, 1, 4, 3), uniform(-1, 1, 2)
+    colour = colours[torch.arange(n), (colours[:, :, None] - back[:, None]).abs().sum(3).amin(2).argmax(1)]
+    images, at = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.arange(size) + 0.5
+    for k, outline in enumerate(SHAPES.values()):
+        for i in (labels == k).nonzero()[:, 0].split(1000):
+            u, v = (at[None, None, :] - x[i]) / radius[i], (at[None, :, None] - y[i]) / radius[i]
+            cover = (0.5 - outline(u.abs(), v.abs(), v) * radius[i]).clamp(0, 1)[:, None]  # antialiased over one pixel
+            ramp = (0.5 + slope[i, :1, None] * (at / size - 0.5) + slope[i, 1:, None] * (at[:, None] / size - 0.5)).clamp(0, 1)[:, None]
+            ground = torch.lerp(back[i, 0, :, None, None], back[i, 1, :, None, None], ramp)
+            images[i] = (255 * torch.lerp(ground, colour[i, :, None, None], cover)).round().byte()
+    return images, labels

@@ -6,7 +6,6 @@
     python sample.py runs/shapes --retain shapes --out halves.png                           # figure 4: what each half carries
     python sample.py runs/shapes --uniformity shapes --out scatter.png                      # table 3: how evenly latents lie
 """
-import argparse
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fid import Parser, Progress, load_data, psnr, run, sha256, to_float, to_uint8, write
-from glotok import BadInput, load_config, load_run, tsne, uniformity
+from fid import Parser, load_data, run, sha256, write
+from glotok import BadInput, Progress, load_config, load_run, psnr, to_float, to_uint8, tsne, uniformity
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -142,8 +141,8 @@ def measure_uniformity(path, index, codes, labels, classes, runs):
                  [(name, *points[labels == k].T) for k, name in enumerate(classes[:10]) if (labels == k).any()], "dots")], W=700, H=700)
     return {k: torch.std_mean(torch.tensor([f[k] for f in found]), correction=0)[::-1] for k in found[0]}
 
-def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def main():
+    parser = Parser()
     parser.add_argument("run", metavar="RUN", help="a run folder of train.py")
     parser.add_argument("--n", type=int, default=64, help="pictures (default %(default)s)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="the classes to draw, in turn (default all)")
@@ -155,13 +154,13 @@ def main(argv=None):
         parser.add_argument(f"--{flag}", metavar="SPEC", help=f"held-out images of shapes, cifar10, a folder, or an .npz: {what}")
     parser.add_argument("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
-    args = parser.parse(argv)
+    args = parser.parse(__doc__)
     folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
     config, _ = load_config(folder)
     steps = config.sampling_steps if args.steps is None else args.steps
     guidance = config.guidance if args.guidance is None else args.guidance
     replace(config, sampling_steps=steps, guidance=guidance)  # checks their ranges
-    specs = [spec for spec in (args.reconstruct, args.retain, args.uniformity) if spec]
+    specs = list(filter(None, (args.reconstruct, args.retain, args.uniformity)))
     if args.n < 1 or args.seed < 0 or args.runs < 1 or len(specs) > 1 or out.suffix not in ((".png",) if specs else (".png", ".npz")):
         raise BadInput(f"--n {args.n} and --runs {args.runs} must be at least 1, --seed {args.seed} from 0 up, --out {out} end in .png (samples: "
                        "or .npz), and at most one of --reconstruct, --retain, --uniformity be given")
@@ -170,23 +169,22 @@ def main(argv=None):
     if out.exists() and not args.force:
         raise BadInput(f"{out} exists: choose another --out, or overwrite it with --force")
     if specs:
-        model = load_run(folder, device)
-        data = load_data(specs[0], config.image_size, config.seed)
-        i = spread(len(data.held), config.eval_images)
-        held, labels = data.held[i], data.held_labels[i]
+        model, data = load_run(folder, device), load_data(specs[0], config.image_size, config.seed)
+        i = spread(len(data.held), config.eval_images if not args.retain else at_once(model))
+        held, labels, said = data.held[i], data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
         torch.manual_seed(args.seed)
         if args.retain:
-            retain(out, model, to_float(held[spread(len(held), at_once(model))], device))
-            print(f"{out}: figure 4 of held-out images of {args.retain}")
+            retain(out, model, to_float(held, device))
+            print(f"{said}, decoded from parts of their latents")
             return
         indices = encode_all(model, held, device)
         if args.uniformity:
             found = measure_uniformity(out, indices[:, 0], model.codebook_sem.detach(), labels, data.classes, args.runs)
-            print(f"{out}: {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs")
-            return
-        recon = decode_all(model, indices, device)
-        grid_of_pairs(out, held, recon)
-        print(f"{out}: PSNR {psnr(held, recon).mean():.2f} dB over {len(held)} held-out images of {args.reconstruct}")
+            print(f"{said}: {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs")
+        else:
+            recon = decode_all(model, indices, device)
+            grid_of_pairs(out, held, recon)
+            print(f"{said}: PSNR {psnr(held, recon).mean():.2f} dB")
         return
     classes, (model, generator, scale) = args.classes or list(range(config.classes)), load_run(folder, device, generator=True)
     labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)

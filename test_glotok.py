@@ -370,8 +370,16 @@ def test_cached_sampling_equals_uncached():
     x, labels = awake(XAR(replace(SMALL, stochastic=1))), torch.tensor([0, 2])
     torch.manual_seed(3)
     a = x.sample(labels, steps=4, guidance=2.0)
+    clean, velocity = [], x.velocity
+
+    def from_scratch(z, t, labels, first, caches, keep=False):  # all cells anew in each call: the clean ones at t = 0, then this one
+        whole = velocity(torch.cat([*clean, z], dim=1), torch.cat([t.new_zeros(len(t), first), t], dim=1), labels)
+        clean.extend([z] if keep else [])
+        return whole[:, -1:]
+
+    x.velocity = from_scratch
     torch.manual_seed(3)
-    b = x.sample(labels, steps=4, guidance=2.0, cached=False)
+    b = x.sample(labels, steps=4, guidance=2.0)
     assert a.shape == (2, 16, 8, 8) and a.std() > 0.1
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -579,8 +587,8 @@ def save_pictures(folder, n, size=16, offset=0, suffix=".png"):
     return folder
 
 def test_shapes_are_the_same_for_a_seed_and_differ_otherwise():
-    x, y = fid.draw_shapes(60, 32, 5)
-    again, other = fid.draw_shapes(60, 32, 5), fid.draw_shapes(60, 32, 6)
+    x, y = glotok.draw_shapes(60, 32, 5)
+    again, other = glotok.draw_shapes(60, 32, 5), glotok.draw_shapes(60, 32, 6)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
     assert x.shape == (60, 3, 32, 32) and x.dtype == torch.uint8 and set(y.tolist()) == set(range(6))
 
@@ -663,8 +671,9 @@ def test_cifar_records_are_read_in_place(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "cifar.tar.gz"]  # nothing unpacked
 
 def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
-    (tmp_path / "source").write_bytes(b"published bytes")
-    url, digest = (tmp_path / "source").as_uri(), hashlib.sha256(b"published bytes").hexdigest()
+    (tmp_path / "thing").write_bytes(b"published bytes")
+    (tmp_path / "other").write_bytes(b"published bytes")
+    url, digest = tmp_path.as_uri() + "/", hashlib.sha256(b"published bytes").hexdigest()
     monkeypatch.setitem(fid.PUBLISHED, "thing", (url, digest))
     assert fid.fetch("thing", tmp_path / "cache").read_bytes() == b"published bytes"
     (tmp_path / "cache" / "thing").write_bytes(b"tampered")
@@ -673,7 +682,7 @@ def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
     monkeypatch.setitem(fid.PUBLISHED, "other", (url, "0" * 64))
     with pytest.raises(BadInput, match="SHA-256"):
         fid.fetch("other", tmp_path / "cache")
-    monkeypatch.setitem(fid.PUBLISHED, "absent", ((tmp_path / "nowhere").as_uri(), digest))
+    monkeypatch.setitem(fid.PUBLISHED, "absent", (url + "nowhere/", digest))
     with pytest.raises(BadInput, match=digest):  # says where to put it and how to check it
         fid.fetch("absent", tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["thing"]
@@ -682,7 +691,7 @@ def test_psnr():
     x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     y = x.clone()
     y[0] += 51  # a fifth of the range: 20 log10 5
-    assert fid.psnr(x, y).tolist() == pytest.approx([20 * math.log10(5), 99], abs=1e-4)
+    assert glotok.psnr(x, y).tolist() == pytest.approx([20 * math.log10(5), 99], abs=1e-4)
 
 def test_batches_visit_every_image_once_an_epoch():
     seen = torch.cat([train.batch_indices(10, 4, step, 0) for step in range(5)])
@@ -741,7 +750,7 @@ def test_a_run_lowers_its_loss_and_writes_every_file(finished):
     # its figures, computed anew
     model = GloTok(TINY).eval()
     model.load_state_dict(torch.load(out / "tokenizer.pt", weights_only=True)["model"])
-    held = fid.draw_shapes(1000, 16, 1)[0][::50]  # 20, evenly
+    held = glotok.draw_shapes(1000, 16, 1)[0][::50]  # 20, evenly
     with torch.no_grad():
         x = held.float() / 127.5 - 1
         recon = ((model(x)[0].clamp(-1, 1) + 1) * 127.5).round()
@@ -810,14 +819,14 @@ def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     assert {"perceptual", "adv", "critic"} <= set(row) and "hist" not in row and row["perceptual"] != 0
 
 def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=fid.draw_shapes: real(n // 10, size, seed))
+    monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=glotok.draw_shapes: real(n // 10, size, seed))
     flags = [*FLAGS, "--teacher", "convnet", "--teacher_centres", 64, "--tokenizer_steps", 5, "--out", tmp_path / "run"]
     assert command(monkeypatch, capsys, *flags)[0] == 0
     teacher = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
     assert teacher["histogram"].sum().item() == pytest.approx(1, abs=1e-5) and teacher["made_by"]["teacher"] == "convnet"
     net = glotok.ConvNet(6).eval()
     net.load_state_dict(teacher["convnet"])
-    held, labels = fid.draw_shapes(1000, 16, 1)
+    held, labels = glotok.draw_shapes(1000, 16, 1)
     assert (net(held.float() / 127.5 - 1).argmax(1) == labels).float().mean() > 0.5  # 16 pixels, 2,000 pictures; chance is 0.17
     monkeypatch.setattr(train, "make_teacher", None)  # resuming must not need it
     assert command(monkeypatch, capsys, "--resume", "--tokenizer_steps", 6, "--out", tmp_path / "run")[0] == 0
@@ -914,7 +923,7 @@ def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, 
         assert status == 0 and "10 pictures of classes 3, 5" in said
         grids.append((tmp_path / f"{name}.png").read_bytes())
     assert grids[0] == grids[1] != grids[2]
-    for flag, expected in (("--reconstruct", f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB"), ("--retain", "figure 4"),
+    for flag, expected in (("--reconstruct", f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB"), ("--retain", "parts of their latents"),
                            ("--uniformity", "density_cv")):
         status, said, _ = sample_command(monkeypatch, capsys, finished[0], flag, "shapes", "--runs", 2, "--out", tmp_path / f"{flag}.png")
         assert status == 0 and expected in said

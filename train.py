@@ -22,18 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fid import Parser, Progress, batch_indices, fetch, load_data, psnr, read_arrays, run, sha256, to_float, to_uint8, write
-from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, adaptive_weight, choose, cosine_moments, discriminator,
-                    hinge_loss, histogram_relation_loss, kl_divergence, kmeans, load_checkpoint, load_config, relation_histogram, restore,
-                    sphere_histogram)
+from fid import Parser, fetch, load_data, run, sha256, write
+from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, Progress, adaptive_weight, choose, cosine_moments, discriminator,
+                    hinge_loss, histogram_relation_loss, kl_divergence, kmeans, load_checkpoint, load_config, psnr, read_arrays, relation_histogram, restore,
+                    sphere_histogram, to_float, to_uint8)
 from sample import decode_all, encode_all, generate, grid, grid_of_pairs, plot, spread
 
 LOG_EVERY = 20
 MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap"}  # settings that --resume may alter
 
-def parse(argv):
+def parse():
     """Command line -> arguments, Config. A flag overrides the run's own settings (--resume) or the preset's."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser()
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default shapes)")
     parser.add_argument("--out", metavar="DIR", help="the run folder (default runs/PRESET)")
     parser.add_argument("--stage", default="all", choices=["tokenizer", "generator", "all"], help="what to train (default %(default)s)")
@@ -42,7 +42,7 @@ def parse(argv):
     for f in fields(Config):
         kind = dict(type=int, nargs="+") if isinstance(f.default, tuple) else dict(type=type(f.default))
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=f"{f.metadata['help']} ({f.default})", **kind)
-    args = parser.parse(argv)
+    args = parser.parse(__doc__)
     given = {f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v for f in fields(Config) if hasattr(args, f.name)}
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
     if args.resume:
@@ -106,7 +106,9 @@ def train_convnet(c, data, device, steps=300, batch=64):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for step in range(steps):
         i = batch_indices(len(data.train), batch, step, c.seed)
-        loss = F.cross_entropy(net(to_float(data.train[i], device, c.flip)), data.train_labels[i].to(device))
+        x = to_float(data.train[i], device, c.flip)
+        x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)  # noise: it also judges imperfect, generated images
+        loss = F.cross_entropy(net(x), data.train_labels[i].to(device))
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         progress(step + 1, f"loss {loss.item():.3f}")
     return net.eval()
@@ -137,13 +139,22 @@ def tensors_in(value, name=""):
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield from tensors_in(inner, f"{name}.{key}" if name else str(key))
 
+@functools.lru_cache(2)
+def shuffle(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+def batch_indices(n, batch, step, seed):
+    """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
+    at = torch.arange(step * batch, (step + 1) * batch)
+    return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
+
 def learning_rate(step, steps, peak, warmup, cooldown):
     """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0 over the last share `cooldown` of the steps."""
     late = max(0.0, 1 - (steps - step) / max(cooldown * steps, 1))
     return peak * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * late)) / 2
 
 def load_lpips(device):
-    net, files = LPIPS(), ("vgg16-397923af.pth", "lpips-vgg-v0.1.pth")
+    net, files = LPIPS(), ("vgg16-397923af.pth", "vgg.pth")
     weights = [load_checkpoint(fetch(name)) for name in files]
     net.load_state_dict({k: v for file in weights for k, v in file.items() if not k.startswith("classifier")})
     return net.to(device)
@@ -336,8 +347,8 @@ def draw_curves(out):
             panels.append((title, f"{stage} step", [(n, *zip(*p)) for n, p in points.items() if p], style))
     plot(out / "curves.png", panels)
 
-def main(argv=None):
-    args, c = parse(argv)
+def main():
+    args, c = parse()
     device, out, begin = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.out, time.time()
     if args.stage == "generator" and not (out / "tokenizer.pt").exists():
         raise BadInput(f"{out} has no tokenizer yet: train it first, with --stage tokenizer")

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from glotok import SHAPES, BadInput, Progress, choose, draw_shapes, load_checkpoint, load_state, psnr, read_arrays
@@ -32,8 +31,7 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress line
-        print(f"{clear}{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print("\r\033[K" * sys.stderr.isatty() + f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -60,41 +58,37 @@ def write(path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-# ------------------------------------------------------------------------------------------------------- published files
-
 WEIGHTS, HUB = "pt_inception-2015-12-05-6726825d.pth", "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
 PUBLISHED = {  # file: its folder, its SHA-256
     WEIGHTS: ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
     "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
     "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    "vgg.pth": (HUB, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),  # the heads of LPIPS
-}
+    "vgg.pth": (HUB, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}  # the heads of LPIPS
 
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def fetch(name, folder=None):
+def fetch(name, folder=None, download=True):
     """Path of a published file in folder (default: torch's cache), downloaded if it is not there, its SHA-256 checked every time."""
     (source, digest), path = PUBLISHED[name], Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
-    if not path.exists():
+    if not path.exists() and download:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source + name, str(path), digest)  # to a temporary file, checked, renamed
         except (OSError, RuntimeError) as error:  # no network; another SHA-256
             raise BadInput(f"cannot download {name} ({error}): fetch {source + name} elsewhere and put it at {path}; SHA-256 {digest}") from None
-    elif sha256(path) != digest:
+    elif path.exists() and sha256(path) != digest:
         raise BadInput(f"{path} is not the published file (its SHA-256 should be {digest}): delete it to download it again")
     return path
 
 # --------------------------------------------------------------------------------------------------------------- data sets
 
-# images uint8 (N, 3, H, W) and labels int64 (N,) to train on and held out; the names of the classes
-Data = namedtuple("Data", "train train_labels held held_labels classes")
+Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W), int64 (N,), twice; the classes' names
 
 def load_data(spec, size, seed=0):
-    """A data SPEC (above) as Data, every image size x size. Pictures of another shape are resized and centre-cropped."""
+    """A data SPEC (above) as Data, every image size x size."""
     if spec == "shapes":
         return Data(*draw_shapes(20000, size, seed), *draw_shapes(1000, size, seed + 1), list(SHAPES))
     if spec == "cifar10":
@@ -105,10 +99,10 @@ def load_data(spec, size, seed=0):
         train, train_labels, classes = read_all(*list_images(path / "train"), size)
         return Data(train, train_labels, *read_all(*list_images(held, classes), size)[:2], classes)
     images, labels, classes = read_all(*list_images(path), size)
-    if len(images) < 2:
-        raise BadInput(f"{len(images)} image(s) in {spec} are too few: one to train on and one to hold out is the least")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # a fixed twentieth is held out
-    held, train = (part.sort().values for part in order.tensor_split([max(1, len(images) // 20)]))
+    if (n := len(images)) < 2:
+        raise BadInput(f"{n} image(s) in {spec} are too few: one to train on and one to hold out is the least")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # a fixed twentieth is held out
+    held, train = (part.sort().values for part in order.tensor_split([max(1, n // 20)]))
     return Data(images[train], labels[train], images[held], labels[held], classes)
 
 def read_cifar10(path, size):
@@ -150,7 +144,6 @@ def decoded(where, items, prepare, tolerated):
     """(i, prepare(RGB picture)) for each of items, files or arrays (H, W, 3); decoded in parallel, few at a time, photographs upright.
     Unreadable ones are named and left out; more than a share `tolerated` of them is an error."""
     bad, progress = [], Progress(f"reading {where}", len(items))
-
     def attempt(item):
         try:
             if isinstance(item, np.ndarray):
@@ -159,18 +152,15 @@ def decoded(where, items, prepare, tolerated):
                 return prepare(ImageOps.exif_transpose(picture).convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
             return f"{item} ({' '.join(str(error).split())})"
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(items), 64):
-            for i, out in enumerate(pool.map(attempt, items[first:first + 64]), first):
-                if isinstance(out, str):
-                    bad.append(out)
-                else:
-                    yield i, out
+            out = list(enumerate(pool.map(attempt, items[first:first + 64]), first))
+            bad += [why for _, why in out if isinstance(why, str)]
             said = f"{len(bad)} of {len(items)} images in {where} cannot be read: {'; '.join(bad[:3])}{'; ...' * (len(bad) > 3)}"
             if len(bad) > tolerated * len(items):
                 raise BadInput(f"{said}. Mend or remove them")
-            progress(first + 64)
+            yield from ((i, picture) for i, picture in out if not isinstance(picture, str))
+            progress(first + len(out))
     if bad:
         print(f"note: {said}. Left out", file=sys.stderr)
 
@@ -181,11 +171,9 @@ def read_all(where, items, labels, classes, size):
     """-> uint8 (N, 3, size, size), their labels, the classes. Pictures of another size: the largest centred square, resized bicubically
     with antialiasing. Up to 1 % unreadable ones are left out."""
     images, kept, resized = torch.empty(len(items), 3, size, size, dtype=torch.uint8), [], 0
-
     def prepare(picture):
         same = picture.size == (size, size)
         return same, to_tensor(picture if same else ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
-
     for i, (same, picture) in decoded(where, items, prepare, 0.01):
         images[i] = picture
         kept.append(i)
@@ -210,8 +198,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Means (d,), covariances (d, d) of two sets -> their Frechet distance, float, computed in float64."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    root = vectors * values.clamp_min(0).sqrt()  # root root' = sigma1, as good as the symmetric one
+    cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt().sum()
     return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item())
 
 def inception_score(logits, splits=10):
@@ -226,9 +214,9 @@ A = "mean branch1x1=64 branch5x5=48,64@5 branch3x3dbl=64,96@3,96@3 branch_pool="
 C = "mean branch1x1=192 branch7x7={0},{0}@1x7,192@7x1 branch7x7dbl={0},{0}@7x1,{0}@1x7,{0}@7x1,192@1x7 branch_pool=192"
 E = " branch1x1=320 branch3x3=384,384@fork branch3x3dbl=448,384@3,384@fork branch_pool=192"
 GRAPH = {  # block: pool, branches side by side (channels@kernel; "s" strides by 2, "fork" is a 1x3 and a 3x1 side by side)
-    "5b": A + "32", "5c": A + "64", "5d": A + "64", "6a": "halve branch3x3=384@3s branch3x3dbl=64,96@3,96@3s",
+    "5b": A + "32", "5c": A + "64", "5d": A + "64", "6a": "halve branch3x3=384@3s branch3x3dbl=64,96@3,96@3s branch_pool=",
     "6b": C.format(128), "6c": C.format(160), "6d": C.format(160), "6e": C.format(192),
-    "7a": "halve branch3x3=192,320@3s branch7x7x3=192,192@1x7,192@7x1,192@3s", "7b": "mean" + E, "7c": "max" + E}
+    "7a": "halve branch3x3=192,320@3s branch7x7x3=192,192@1x7,192@7x1,192@3s branch_pool=", "7b": "mean" + E, "7c": "max" + E}
 POOLS = {"mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
 
 def unit(c_in, c_out, kernel="1", pad=True):
@@ -238,14 +226,13 @@ def unit(c_in, c_out, kernel="1", pad=True):
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU()))
 
 class Mixed(nn.ModuleDict):
-    """A row of GRAPH, its channels concatenated. The pool feeds branch_pool; without one it is the last branch itself."""
-
+    """A row of GRAPH: branches beside one another, concatenated; branch_pool sees the pooled input."""
     def __init__(self, c_in, pool, *branches):
         super().__init__()
-        self.pool, self.paths, self.width = POOLS[pool], {}, c_in * (pool == "halve")
+        self.pool, self.paths, self.width = POOLS[pool], {}, 0
         for name, units in (branch.split("=") for branch in branches):
-            c, self.paths[name] = c_in, []
-            for i, (c_out, _, kernel) in enumerate(u.partition("@") for u in units.split(",")):
+            c, self.paths[name], parts = c_in, [], {name: ""}
+            for i, (c_out, _, kernel) in enumerate(u.partition("@") for u in units.split(",") if u):
                 label = f"{name}_{i + 1}" if "," in units else name
                 parts = {label + "a": "1x3", label + "b": "3x1"} if kernel == "fork" else {label: kernel or "1"}
                 self.update({label: unit(c, int(c_out), kernel) for label, kernel in parts.items()})
@@ -254,19 +241,17 @@ class Mixed(nn.ModuleDict):
             self.width += c * len(parts)
 
     def forward(self, x):
-        out, pooled = [], self.pool(x)
+        out = []
         for name, path in self.paths.items():
-            y = pooled if name == "branch_pool" else x
+            out.append(self.pool(x) if name == "branch_pool" else x)
             for labels in path:
-                y = torch.cat([self[label](y) for label in labels], dim=1)
-            out.append(y)
-        return torch.cat(out if name == "branch_pool" else [*out, pooled], dim=1)
+                out[-1] = torch.cat([self[label](out[-1]) for label in labels], dim=1)
+        return torch.cat(out, dim=1)
 
 class InceptionV3(nn.Sequential):
     """The 2015 Inception graph: uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008). State-dict names of
     pt_inception-2015-12-05. Its quirks, all part of published numbers: average pools that leave the padding out of the mean, a last
     block that pools by maximum, 1,008 outputs for 1,000 classes, and TensorFlow 1's resizing (below)."""
-
     def __init__(self):
         super().__init__(OrderedDict(
             Conv2d_1a_3x3=unit(3, 32, "3s"), Conv2d_2a_3x3=unit(32, 32, "3", pad=False), Conv2d_2b_3x3=unit(32, 64, "3"), pool1=POOLS["halve"],
@@ -290,21 +275,19 @@ class InceptionV3(nn.Sequential):
         for layer in list(self)[:-1]:
             x = layer(x)
         x = x.mean((2, 3))
-        return x, F.linear(x, self.fc.weight)
+        return x, nn.functional.linear(x, self.fc.weight)
 
 @functools.lru_cache(8)
 def resize_matrix(n, to=299):
     """Bilinear interpolation of n points to `to` as TensorFlow 1 does it, (to, n): point i comes from i * n / to, without half-pixel
     centres and without antialiasing. Both axes at once: R_h @ image @ R_w'."""
     at = torch.arange(to) * (n / to)
-    low = at.floor().long().clamp(max=n - 1)
-    part = (at - low)[:, None]
-    return (1 - part) * F.one_hot(low, n) + part * F.one_hot((low + 1).clamp(max=n - 1), n)
+    low, part = at.long(), at.frac()[:, None]
+    return (1 - part) * nn.functional.one_hot(low, n) + part * nn.functional.one_hot((low + 1).clamp(max=n - 1), n)
 
 def load_inception(file, device):
     """The published network, or the one in `file`, ready to measure; its batch norms folded."""
-    path = Path(file) if file else fetch(WEIGHTS)
-    net = InceptionV3()
+    net, path = InceptionV3(), Path(file) if file else fetch(WEIGHTS)
     load_state(net, load_checkpoint(path), path)
     if file and sha256(path) != PUBLISHED[WEIGHTS][1]:
         print(f"note: {path} is not the published network: what it measures is not FID", file=sys.stderr)
@@ -346,24 +329,22 @@ def main():
     parser.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma of the reference")
     parser.add_argument("--paired", action="store_true", help="also the PSNR between the i-th reference image and the i-th sample")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
-    args = parser.parse(__doc__)
-    specs, device = (args.reference, args.samples), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = [read_set(spec, want) for spec, want in zip(specs, (args.paired, True))]
+    args, device = parser.parse(__doc__), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    specs = args.reference, args.samples
+    sets = [read_set(spec, want_images) for spec, want_images in zip(specs, (args.paired, True))]
     known = [isinstance(s, tuple) for s in sets]
-    if args.paired and (any(known) or len(sets[0]) != len(sets[1])):
-        raise BadInput("--paired wants as many samples as reference images, and images of both")
-    if args.save_stats and Path(args.save_stats).suffix != ".npz":
-        raise BadInput(f"--save-stats {args.save_stats} must end in .npz")
+    if args.paired and (any(known) or len(sets[0]) != len(sets[1])) or not (args.save_stats or ".npz").endswith(".npz"):
+        raise BadInput("--paired wants as many samples as reference images, and images of both; --save-stats wants a name in .npz")
     net = None if all(known) else load_inception(args.weights, device)
     (mu1, sigma1, _), (mu2, sigma2, logits) = (s if k else measure(spec, s, net, device, args.skip_bad) for spec, s, k in zip(specs, sets, known))
+    if args.save_stats:
+        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
     print(f"fid {frechet_distance(mu1, sigma1, mu2, sigma2):.6f}")
     if logits is not None:
         print("is {:.6f} {:.6f}".format(*inception_score(logits)))
     if args.paired:
         pairs = zip(*(decoded(spec, s, to_tensor, 0) for spec, s in zip(specs, sets)))
         print(f"psnr {torch.cat([psnr(a[None], b[None]) for (_, a), (_, b) in pairs]).mean():.4f}")
-    if args.save_stats:
-        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
 
 if __name__ == "__main__":
     run(main)

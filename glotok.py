@@ -550,6 +550,10 @@ def psnr(x, y):
     mse = (x.float() - y.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse.clamp_min(255**2 / 10**9.9))
 
+def spread(n, k):
+    """Up to k positions, evenly over range(n): folders come sorted by class."""
+    return torch.arange(min(n, k)) * n // min(n, k)
+
 # ------------------------------------------------------------------------------- the generator: xAR (section 3.4)
 #
 # Two indices a position, predicted one after the other, double the chances to err, and errors feed on errors. So the paper

@@ -7,6 +7,7 @@
     python sample.py runs/shapes --uniformity shapes --out scatter.png                      # table 3: how evenly latents lie
 """
 import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fid import Parser, load_data, run, sha256, write
-from glotok import BadInput, Progress, load_config, load_run, psnr, to_float, to_uint8, tsne, uniformity
+from fid import WEIGHTS, Parser, fetch, frechet_distance, load_data, load_inception, measure, run, sha256, write
+from glotok import BadInput, Progress, load_config, load_run, psnr, spread, to_float, to_uint8, tsne, uniformity
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -35,32 +36,26 @@ def grid(path, rows, title=""):
             canvas.paste(picture, (left + i * (side + gap), top + r * (side + gap)))
     write(Path(path), lambda file: canvas.save(file, "PNG"))
 
-def spread(n, k):
-    """Up to k positions, evenly over range(n): folders come sorted by class."""
-    return torch.arange(min(n, k)) * n // min(n, k)
-
 def grid_of_pairs(path, images, recon, n=12):
     i = spread(len(images), n)
     grid(path, [("original", images[i]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
 
 def plot(path, panels, columns=2, W=560, H=320):
     """panels: a list of (title, x label, [(name, xs, ys), ...], style) -> a PNG; style "line", "log" (of y) or "dots"."""
-    columns = min(columns, len(panels))
-    canvas = Image.new("RGB", (W * columns, H * -(-len(panels) // columns)), "white")
+    canvas = Image.new("RGB", (W * min(columns, len(panels)), H * -(-len(panels) // columns)), "white")
     draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
     for p, (title, x_label, lines, style) in enumerate(panels):
         left, right, top, bottom = p % columns * W + 64, p % columns * W + W - 16, p // columns * H + 50, p // columns * H + H - 44
         lines = [(name, np.asarray(xs), np.log10(np.maximum(ys, 1e-12)) if style == "log" else np.asarray(ys)) for name, xs, ys in lines]
         (x0, y0), (x1, y1) = (np.array([f(np.concatenate(axis)) for axis in list(zip(*lines))[1:]]) for f in (np.min, np.max))
         x1, y1 = x1 + (x1 == x0), y1 + 0.05 * (y1 - y0) + (y1 == y0)
-        place = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        legend, place = left, lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
         for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):  # grid lines and their numbers
             draw.line([place(x, y0), place(x, y1)], RULE), draw.line([place(x0, y), place(x1, y)], RULE)
             draw.text((place(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
             draw.text((left - 5, place(x, y)[1]), f"{10**y if style == 'log' else y:.3g}", INK, small, anchor="rm")
         draw.text((left, top - 43), title, INK, font)
         draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
-        legend = left
         for colour, (name, xs, ys) in zip(COLOURS, lines):
             points = list(zip(*place(xs, ys)))
             for x, y in points if style == "dots" else []:
@@ -90,6 +85,15 @@ def decode_all(model, indices, device):
     """Indices (N, 2, h, w) -> uint8 images on the CPU."""
     return torch.cat([to_uint8(model.decode(*part.to(device).unbind(1))).cpu() for part in indices.split(at_once(model))])
 
+def fid_of(reference, images, device):
+    """FID of uint8 images (N, 3, H, W) if the network is there; None, and a line that says why, if not."""
+    if not (path := fetch(WEIGHTS, download=False)).exists():
+        print(f"note: FID is not measured, for {path} is not there; fid.py downloads it", file=sys.stderr)
+        return None
+    net = load_inception(None, device)
+    one, two = (measure(what, x.permute(0, 2, 3, 1).numpy(), net, device)[:2] for what, x in (("reference", reference), ("images", images)))
+    return frechet_distance(*one, *two)
+
 @torch.no_grad()
 def generate(model, generator, scale, labels, steps, guidance, seed, first=0, batch=100):
     """Labels (n,) -> uint8 images on the CPU, a batch (100, 3, H, W) at a time from image `first` on; each batch has its own seed."""
@@ -107,8 +111,7 @@ def write_npz(path, labels, size, key, draw, batch=100):
         file.truncate(done // batch * whole)
         progress = Progress("sampling", len(labels), done)
         for images in draw(done):
-            file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
-            file.flush()
+            file.write(images.permute(0, 2, 3, 1).numpy().tobytes()), file.flush()
             done += len(images)
             progress(done)
     images = np.memmap(part, np.uint8, "r", shape=(len(labels), size, size, 3))
@@ -116,16 +119,16 @@ def write_npz(path, labels, size, key, draw, batch=100):
     part.unlink()
 
 @torch.no_grad()
-def retain(path, model, images):
+def retain(path, model, original, indices):
     """Figure 4: decode with the visual latents kept at a share of the positions and 0 elsewhere, with and without the semantic ones.
     Paper silent on which are kept: the same random positions in every row, each share within the next."""
-    sem, vis = model.composite(*model.encode(images))  # (B, T, d)
-    order, original, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), to_uint8(images), []
+    sem, vis = model.composite(*indices.unbind(1))  # (B, T, d)
+    order, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), []
     for name, semantic, shares in (("semantic + {} % visual", 1, (0, 25, 50, 75, 100)), ("{} % visual alone", 0, (25, 50, 75, 100))):
         for share in shares:
-            out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None]))
+            out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None])).cpu()
             rows.append((f"{name.format(share)}: {psnr(original, out).mean():.1f} dB", out[spread(len(out), 12)]))
-    grid(path, [("original", original[spread(len(original), 12)]), *rows], f"what the visual and the semantic latents carry; PSNR over {len(images)} held-out images")
+    grid(path, [("original", original[spread(len(original), 12)]), *rows], f"what the visual and the semantic latents carry; PSNR over {len(original)} held-out images")
 
 def measure_uniformity(path, index, codes, labels, classes, runs):
     """Table 3, as VA-VAE: one random position of each image, its code vector normalised per channel, t-SNE to the plane, density
@@ -133,8 +136,7 @@ def measure_uniformity(path, index, codes, labels, classes, runs):
     found, progress, index = [], Progress("t-SNE run", runs), index.flatten(1)
     for run_ in range(runs):
         z = codes[index.gather(1, torch.randint(index.shape[1], (len(index), 1)))[:, 0].to(codes.device)]  # (N, d)
-        points = tsne((z - z.mean(0)) / z.std(0)).cpu()
-        found.append(uniformity(points))
+        found.append(uniformity(points := tsne((z - z.mean(0)) / z.std(0).clamp_min(1e-9)).cpu()))
         progress(run_ + 1)
     plot(path, [(f"t-SNE of {len(index)} semantic latents, coloured by class", "density CV {density_cv:.3f}, normalized entropy "
                  "{normalized_entropy:.4f}, Gini {gini:.4f}".format(**found[-1]),
@@ -156,10 +158,8 @@ def main():
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     args = parser.parse(__doc__)
     folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
-    config, _ = load_config(folder)
-    steps = config.sampling_steps if args.steps is None else args.steps
-    guidance = config.guidance if args.guidance is None else args.guidance
-    replace(config, sampling_steps=steps, guidance=guidance)  # checks their ranges
+    given = {name: value for name, value in (("sampling_steps", args.steps), ("guidance", args.guidance)) if value is not None}
+    config = replace(load_config(folder)[0], **given)  # checks their ranges
     specs = list(filter(None, (args.reconstruct, args.retain, args.uniformity)))
     if args.n < 1 or args.seed < 0 or args.runs < 1 or len(specs) > 1 or out.suffix not in ((".png",) if specs else (".png", ".npz")):
         raise BadInput(f"--n {args.n} and --runs {args.runs} must be at least 1, --seed {args.seed} from 0 up, --out {out} end in .png (samples: "
@@ -173,25 +173,25 @@ def main():
         i = spread(len(data.held), config.eval_images if not args.retain else at_once(model))
         held, labels, said = data.held[i], data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
         torch.manual_seed(args.seed)
-        if args.retain:
-            retain(out, model, to_float(held, device))
-            print(f"{said}, decoded from parts of their latents")
-            return
         indices = encode_all(model, held, device)
-        if args.uniformity:
+        if args.retain:
+            retain(out, model, held, indices.to(device))
+            said += ", decoded from parts of their latents"
+        elif args.uniformity:
             found = measure_uniformity(out, indices[:, 0], model.codebook_sem.detach(), labels, data.classes, args.runs)
-            print(f"{said}: {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs")
+            said += f": {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs"
         else:
             recon = decode_all(model, indices, device)
             grid_of_pairs(out, held, recon)
-            print(f"{said}: PSNR {psnr(held, recon).mean():.2f} dB")
+            said += f": PSNR {psnr(held, recon).mean():.2f} dB" + ("" if (fid := fid_of(held, recon, device)) is None else f", FID {fid:.3f}")
+        print(said)
         return
     classes, (model, generator, scale) = args.classes or list(range(config.classes)), load_run(folder, device, generator=True)
     labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
-    draw = lambda first=0: generate(model, generator, scale, labels, steps, guidance, args.seed, first)
+    draw = lambda first=0: generate(model, generator, scale, labels, config.sampling_steps, config.guidance, args.seed, first)
     if out.suffix == ".npz":
-        made_of = classes, steps, guidance, args.seed, sha256(folder / "tokenizer.pt"), sha256(folder / "generator.pt")
-        write_npz(out, labels, config.image_size, hashlib.sha256(repr(made_of).encode()).hexdigest()[:12], draw)
+        made_of = repr((classes, config.sampling_steps, config.guidance, args.seed, sha256(folder / "tokenizer.pt"), sha256(folder / "generator.pt")))
+        write_npz(out, labels, config.image_size, hashlib.sha256(made_of.encode()).hexdigest()[:12], draw)
     else:
         grid(out, [("", row) for row in torch.cat(list(draw())).split(max(len(classes), 8))])
     print(f"{out}: {args.n} pictures of classes {', '.join(map(str, classes))}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -716,6 +717,159 @@ def test_teacher_of_a_file_is_its_histogram(tmp_path):
     teacher = train.make_teacher(replace(TINY, teacher=str(tmp_path / "v.npy")), None, torch.device("cpu"))
     np.testing.assert_allclose(teacher["histogram"], histogram_by_loops(v, 40, ALPHA), atol=1e-4)
 
+# ------------------------------------------------------------------------------------------------------------------- FID
+
+def seeded_inception(scale=1.0):
+    """InceptionV3 with random weights that let its input through. Recipe of the golden values below, also for a reference package:
+    save its state_dict(), and give the file to torch-fidelity 0.4.0's FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"],
+    feature_extractor_weights_path=FILE) (in its module feature_extractor_inceptionv3, which loads without torchvision once an empty
+    module stands in for the parent package). Same images, `golden_images`."""
+    net, g = fid.InceptionV3(), torch.Generator().manual_seed(1)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.weight.data.normal_(0, (2 / m.weight[0].numel()) ** 0.5, generator=g)
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1, generator=g), m.running_var.uniform_(0.5, 1.5, generator=g)
+            m.weight.data.uniform_(0.8, 1.2, generator=g), m.bias.data.normal_(0, 0.1, generator=g)
+    net.fc.weight.data.normal_(0, 0.02, generator=g), net.fc.bias.data.zero_()
+    return net
+
+def golden_images(size):
+    return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(seeded_inception().state_dict(), path)
+    return path
+
+GOLDEN = {  # size: of the features their sum, deviation, and a partial sum; of the logits their deviation and a partial sum
+    32: [5617.712402, 1.907288, 710.924805, 2.102827, 37.434746],
+    64: [6299.687988, 2.137265, 798.183533, 2.357011, 43.734692],
+    256: [6694.3125, 2.269577, 847.363281, 2.505479, 48.165813]}
+
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_inception_agrees_with_torch_fidelity(size):
+    net = seeded_inception()
+    for features, logits in (net(golden_images(size)), net.fold()(golden_images(size))):
+        assert features.shape == (2, 2048) and logits.shape == (2, 1008)
+        found = [features.sum(), features.std(), features[1, :512].sum(), logits.std(), logits[0, :504].sum()]
+        np.testing.assert_allclose([v.item() for v in found], GOLDEN[size], rtol=1e-4)
+
+def test_inception_names_are_the_published_ones():
+    names = {k: tuple(v.shape) for k, v in fid.InceptionV3().state_dict().items() if "num_batches" not in k}
+    assert len(names) == 94 * 5 + 2  # a weight and four of the batch norm each; fc
+    for name, shape in (("Conv2d_1a_3x3.conv.weight", (32, 3, 3, 3)), ("Mixed_5b.branch1x1.conv.weight", (64, 192, 1, 1)),
+                        ("Mixed_5d.branch3x3dbl_3.bn.running_var", (96,)), ("Mixed_6a.branch3x3.conv.weight", (384, 288, 3, 3)),
+                        ("Mixed_6e.branch7x7dbl_5.conv.weight", (192, 192, 1, 7)), ("Mixed_7a.branch7x7x3_4.conv.weight", (192, 192, 3, 3)),
+                        ("Mixed_7c.branch3x3dbl_3b.conv.weight", (384, 384, 3, 1)), ("fc.weight", (1008, 2048)), ("fc.bias", (1008,))):
+        assert names[name] == shape
+
+def test_resizing_is_tensorflow_1s():
+    """By its definition, in a loop: output i reads the input at i * n / 299, no half pixel; beyond the last point the last."""
+    for n in (2, 32, 299, 500):
+        x, out = np.random.default_rng(0).uniform(0, 255, n), []
+        for i in range(299):
+            at = i * n / 299
+            low = int(at)
+            out.append(x[low] + (at - low) * (x[min(low + 1, n - 1)] - x[low]))
+        np.testing.assert_allclose(fid.resize_matrix(n).double() @ torch.from_numpy(x), out, atol=2e-2)
+
+def test_frechet_distance_equals_the_matrix_root_where_that_works():
+    a, b = np.random.default_rng(0).normal(size=(500, 40)), np.random.default_rng(1).normal(1, 2, size=(300, 40)) @ np.diag(np.linspace(0.1, 3, 40))
+    mu1, s1, mu2, s2 = a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-6)
+
+def test_frechet_distance_where_the_matrix_root_fails():
+    x = np.random.default_rng(0).normal(size=(20, 100))  # fewer images than dimensions
+    mu, s = x.mean(0), np.cov(x.T)
+    assert fid.frechet_distance(mu, s, mu, s) == pytest.approx(0, abs=1e-5 * np.trace(s))
+    assert fid.frechet_distance(mu, s, mu + 3, s) == pytest.approx(900, rel=1e-6)  # |shift|^2
+    assert fid.frechet_distance(mu, s, mu, 4 * s) == pytest.approx(np.trace(s), rel=1e-5)  # (2 - 1)^2 tr S
+    nothing = np.zeros((100, 100))  # constant features
+    assert fid.frechet_distance(mu, nothing, mu, nothing) == 0 and fid.frechet_distance(mu, s, mu, nothing) == pytest.approx(np.trace(s), rel=1e-9)
+
+def test_inception_score_by_hand():
+    """Shuffled as torch-fidelity does, split i from i N // 10 on, exp of the mean KL, in a loop."""
+    logits = torch.randn(57, 12)
+    p = np.exp(logits.double().numpy()[np.random.RandomState(2020).permutation(57)])
+    p /= p.sum(1, keepdims=True)
+    scores = []
+    for i in range(10):
+        part = p[i * 57 // 10:(i + 1) * 57 // 10]
+        scores.append(math.exp(np.mean([(q * np.log(q / part.mean(0))).sum() for q in part])))
+    assert fid.inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+    assert fid.inception_score(50 * torch.eye(7).repeat(100, 1), splits=1)[0] == pytest.approx(7)  # sure, and of seven kinds
+
+def fid_command(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, argv)])
+    try:
+        fid.run(fid.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    return status, dict(line.split(" ", 1) for line in said.out.splitlines()), said.err.strip()
+
+def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
+    """Folders of mixed sizes and arrays give the distance that NumPy finds from the same network's features; statistics stand in for images."""
+    save_pictures(tmp_path / "a", 5, 20), save_pictures(tmp_path / "a" / "more", 3, 40, offset=9), save_pictures(tmp_path / "b", 8, 30, offset=50)
+    arrays = np.stack([np.asarray(Image.open(p)) for p in sorted((tmp_path / "b").iterdir())])
+    np.savez(tmp_path / "b.npz", arr_0=arrays)
+    net = seeded_inception()
+    x = [torch.cat([net(torch.from_numpy(np.asarray(Image.open(p)).transpose(2, 0, 1).copy())[None])[0] for p in sorted((tmp_path / name).rglob("*.png"))])
+         .double().numpy() for name in "ab"]
+    mu1, s1, mu2, s2 = x[0].mean(0), np.cov(x[0].T), x[1].mean(0), np.cov(x[1].T)
+    values, vectors = np.linalg.eigh(s1)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.sqrt(np.maximum(np.linalg.eigvalsh(root @ s2 @ root), 0)).sum()
+    weights = ["--weights", inception_file]
+    status, out, err = fid_command(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", *weights, "--save-stats", tmp_path / "a.npz")
+    assert status == 0 and float(out["fid"]) == pytest.approx(expected, rel=1e-3) and len(out["is"].split()) == 2
+    assert "biased upward" in err and "not the published network" in err
+    stats = np.load(tmp_path / "a.npz")
+    np.testing.assert_allclose(stats["mu"], mu1, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.diag(stats["sigma"]), np.diag(s1), rtol=1e-2, atol=1e-6)
+    again = fid_command(monkeypatch, capsys, tmp_path / "a.npz", tmp_path / "b.npz", *weights)[1]
+    assert float(again["fid"]) == pytest.approx(float(out["fid"]), rel=1e-4)
+    np.savez(tmp_path / "adm.npz", arr_0=arrays, mu=mu2, sigma=s2)
+    monkeypatch.setattr(fid, "load_inception", None)  # statistics against statistics need no network
+    np.savez(tmp_path / "b_stats.npz", mu=mu2, sigma=s2)
+    status, out, _ = fid_command(monkeypatch, capsys, tmp_path / "adm.npz", tmp_path / "b_stats.npz")
+    assert status == 0 and float(out["fid"]) == pytest.approx(0, abs=1e-2) and "is" not in out
+
+def test_paired_psnr_and_bad_images(tmp_path, inception_file, monkeypatch, capsys):
+    images = np.full((3, 24, 24, 3), 100, np.uint8)
+    np.savez(tmp_path / "a.npz", images), np.savez(tmp_path / "b.npz", images + np.uint8(51))
+    weights = ["--weights", inception_file]
+    out = fid_command(monkeypatch, capsys, tmp_path / "a.npz", tmp_path / "b.npz", "--paired", *weights)[1]
+    assert float(out["psnr"]) == pytest.approx(20 * math.log10(5), abs=1e-3)
+    save_pictures(tmp_path / "c", 4)
+    (tmp_path / "c" / "torn.png").write_bytes((tmp_path / "c" / "000.png").read_bytes()[:100])
+    status, _, err = fid_command(monkeypatch, capsys, tmp_path / "a.npz", tmp_path / "c", *weights)
+    assert status == 2 and "torn.png" in err
+    status, _, err = fid_command(monkeypatch, capsys, tmp_path / "a.npz", tmp_path / "c", *weights, "--skip-bad")
+    assert status == 0 and "torn.png" in err
+
+@pytest.mark.parametrize("words, expected", [
+    ("nowhere A.npz", "no data at"), ("EMPTY A.npz", "no images"), ("FLOATS.npz A.npz", "uint8"), ("A.npz STATS.npz", "mu (2048,)"), ("A.npz ONE.npz", "at least 2"),
+    ("A.npz A.npz --weights text.pth", "cannot read"), ("A.npz A.npz --weights other.pth", "other weights"), ("A.npz A.npz --weights gone.pth", "cannot read"),
+    ("A.npz B.npz --paired", "--paired"), ("A.npz A.npz --save-stats x.txt", ".npz"), ("A.npz", "samples"), ("A.npz A.npz --wieghts x", "'--weights'"),
+    ("A.npz A.npz", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")])
+def test_fid_refuses_bad_input(words, expected, tmp_path, inception_file, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").mkdir(), Path("text.pth").write_text("hello"), torch.save({"a": torch.ones(3)}, "other.pth")
+    x = np.zeros((4, 16, 16, 3), np.uint8)
+    np.savez("A.npz", x), np.savez("B.npz", x[:3]), np.savez("ONE.npz", x[:1]), np.savez("FLOATS.npz", x.astype(float)), np.savez("STATS.npz", mu=np.zeros(64), sigma=np.eye(64))
+    monkeypatch.setitem(fid.PUBLISHED, fid.WEIGHTS, (tmp_path.as_uri() + "/nowhere/", fid.PUBLISHED[fid.WEIGHTS][1]))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    more = [] if "--weights" in words or expected.startswith("67") else ["--weights", inception_file]
+    before = sorted(os.listdir())
+    status, out, err = fid_command(monkeypatch, capsys, *words.split(), *more)
+    assert status == 2 and expected in err.splitlines()[-1] and err.splitlines()[-1].startswith("fid.py: ") and not out
+    assert set(os.listdir()) - set(before) <= {"cache"}
+
 # ---------------------------------------------------------------------------------------------------------------- commands
 
 def command(monkeypatch, capsys, *argv):
@@ -958,8 +1112,9 @@ def test_retain_keeps_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "grid", lambda path, labelled, title: rows.update({label.split(":")[0]: images for label, images in labelled}))
     kept = []
     monkeypatch.setattr(model, "decode_latents", lambda sem, vis: kept.append((sem, vis)) or x)
-    sample.retain("x.png", model, x)
-    sem, vis = model.composite(*model.encode(x))
+    indices = torch.stack(model.encode(x), dim=1)
+    sample.retain("x.png", model, glotok.to_uint8(x), indices)
+    sem, vis = model.composite(*indices.unbind(1))
     assert list(rows)[1:] == [f"semantic + {k} % visual" for k in (0, 25, 50, 75, 100)] + [f"{k} % visual alone" for k in (25, 50, 75, 100)]
     for (s, v), with_sem, share in zip(kept, [1] * 5 + [0] * 4, (0, 25, 50, 75, 100, 25, 50, 75, 100)):
         assert torch.equal(s, sem * with_sem)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from fid import Parser, fetch, load_data, run, sha256, write
 from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, Progress, adaptive_weight, choose, cosine_moments, discriminator,
                     hinge_loss, histogram_relation_loss, kl_divergence, kmeans, load_checkpoint, load_config, psnr, read_arrays, relation_histogram, restore,
-                    sphere_histogram, to_float, to_uint8)
-from sample import decode_all, encode_all, generate, grid, grid_of_pairs, plot, spread
+                    sphere_histogram, spread, to_float, to_uint8)
+from sample import decode_all, encode_all, fid_of, generate, grid, grid_of_pairs, plot
 
 LOG_EVERY = 20
 MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap"}  # settings that --resume may alter
@@ -311,6 +311,8 @@ def report_tokenizer(c, out, data, teacher, model, before, seconds, device):
     metrics = {"psnr": psnr(held, recon).mean().item(), "usage_sem": usage[0], "usage_vis": usage[1],
                "hist_kl": kl_divergence(teacher["histogram"], after).item(), "seconds": round(seconds, 1), "images": len(held),
                "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"}
+    if (fid := fid_of(held, recon, device)) is not None:
+        metrics["rfid"] = fid
     if judge:  # does the teacher still see the same class?
         metrics["class_agreement"] = (judge(held) == judge(recon)).float().mean().item()
     grid_of_pairs(out / "reconstructions.png", held, recon)

@@ -3,14 +3,14 @@
     python fid.py REFERENCE SAMPLES                                  # folders, .npz of images or of statistics, or cifar10
     python fid.py cifar10 samples.npz --save-stats cifar10.npz       # next time: python fid.py cifar10.npz OTHER
 
-A data SPEC of the other scripts is shapes (drawn on the spot), cifar10 (downloaded once into data/ and checked), a folder (class
-sub-folders, or flat; its train/ and val/ or test/ if it has them) or an .npz (first array uint8 (N, H, W, 3), optional `labels`).
+A data SPEC of the other scripts: shapes (drawn on the spot), cifar10 (downloaded once into data/), a folder (class sub-folders, or
+flat; its train/ and val/ or test/ if it has them) or an .npz (first array uint8 (N, H, W, 3), optional `labels`).
 """
-import argparse
 import functools
 import hashlib
 import itertools
 import os
+import signal
 import sys
 import tarfile
 from collections import OrderedDict, namedtuple
@@ -22,28 +22,9 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 
-from glotok import SHAPES, BadInput, Progress, choose, draw_shapes, load_checkpoint, load_state, psnr, read_arrays
+from glotok import SHAPES, BadInput, Parser, Progress, draw_shapes, psnr, read_arrays, restore, run
 
-# -------------------------------------------------------------------------------------- what every script needs: small tools
-
-def run(main):
-    """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
-    try:
-        main()
-    except BadInput as error:
-        print("\r\033[K" * sys.stderr.isatty() + f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage text
-        raise BadInput(message)
-
-    def parse(self, about):
-        self.description, self.formatter_class, self.allow_abbrev = about, argparse.RawDescriptionHelpFormatter, False
-        args, unknown = self.parse_known_args()
-        return choose(unknown[0].split("=")[0], self._option_string_actions, "flag") if unknown else args
+# ------------------------------------------------------------------------------------------------- files written and downloaded
 
 def write(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: the file is complete or absent."""
@@ -85,7 +66,8 @@ def fetch(name, folder=None, download=True):
 
 # --------------------------------------------------------------------------------------------------------------- data sets
 
-Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W), int64 (N,), twice; the classes' names
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, if torchrun started them
+Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W) or files, int64 (N,), twice; the classes' names
 
 def load_data(spec, size, seed=0):
     """A data SPEC (above) as Data, every image size x size."""
@@ -103,7 +85,8 @@ def load_data(spec, size, seed=0):
         raise BadInput(f"{n} image(s) in {spec} are too few: one to train on and one to hold out is the least")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # a fixed twentieth is held out
     held, train = (part.sort().values for part in order.tensor_split([max(1, n // 20)]))
-    return Data(images[train], labels[train], images[held], labels[held], classes)
+    pick = lambda i: images[i] if torch.is_tensor(images) else [images[k] for k in i]
+    return Data(pick(train), labels[train], pick(held), labels[held], classes)
 
 def read_cifar10(path, size):
     """CIFAR-10's binary archive: records of a label byte and 3 x 32 x 32 colour bytes, read without unpacking."""
@@ -140,21 +123,23 @@ def list_images(path, classes=None):
         raise BadInput(f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} {labels.shape}")
     return path, images, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max(initial=0) + 1)]
 
+def attempt(item, prepare):
+    """prepare(RGB picture) of a file or an array (H, W, 3), photographs upright; if it cannot be read, a string that says why."""
+    try:
+        if isinstance(item, np.ndarray):
+            return prepare(Image.fromarray(item))
+        with Image.open(item) as picture:
+            return prepare(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+        return f"{item} ({' '.join(str(error).split())})"
+
 def decoded(where, items, prepare, tolerated):
-    """(i, prepare(RGB picture)) for each of items, files or arrays (H, W, 3); decoded in parallel, few at a time, photographs upright.
-    Unreadable ones are named and left out; more than a share `tolerated` of them is an error."""
+    """(i, prepare(RGB picture)) for each of items, files or arrays (H, W, 3); decoded in parallel, few at a time. Unreadable ones are
+    named and left out; more than a share `tolerated` of them is an error."""
     bad, progress = [], Progress(f"reading {where}", len(items))
-    def attempt(item):
-        try:
-            if isinstance(item, np.ndarray):
-                return prepare(Image.fromarray(item))
-            with Image.open(item) as picture:
-                return prepare(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
-            return f"{item} ({' '.join(str(error).split())})"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(items), 64):
-            out = list(enumerate(pool.map(attempt, items[first:first + 64]), first))
+            out = list(enumerate(pool.map(attempt, items[first:first + 64], itertools.repeat(prepare)), first))
             bad += [why for _, why in out if isinstance(why, str)]
             said = f"{len(bad)} of {len(items)} images in {where} cannot be read: {'; '.join(bad[:3])}{'; ...' * (len(bad) > 3)}"
             if len(bad) > tolerated * len(items):
@@ -164,31 +149,49 @@ def decoded(where, items, prepare, tolerated):
     if bad:
         print(f"note: {said}. Left out", file=sys.stderr)
 
-def to_tensor(picture):
+def fit(picture, size=None):
+    """A picture -> uint8 (3, H, W); if size is given, of its largest centred square, resized bicubically with antialiasing."""
+    if size and picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def read_all(where, items, labels, classes, size):
-    """-> uint8 (N, 3, size, size), their labels, the classes. Pictures of another size: the largest centred square, resized bicubically
-    with antialiasing. Up to 1 % unreadable ones are left out."""
-    images, kept, resized = torch.empty(len(items), 3, size, size, dtype=torch.uint8), [], 0
-    def prepare(picture):
-        same = picture.size == (size, size)
-        return same, to_tensor(picture if same else ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
-    for i, (same, picture) in decoded(where, items, prepare, 0.01):
-        images[i] = picture
+    """-> uint8 (N, 3, size, size), or the items if that is too large, their labels, the classes. Up to 1 % unreadable ones are left out."""
+    large, kept, resized = len(items) * 3 * size * size > room(), [], 0
+    images, some = torch.empty(0 if large else len(items), 3, size, size, dtype=torch.uint8), items[::len(items) // 100 + 1 if large else 1]
+    prepare = lambda picture: (picture.size != (size, size), fit(picture, size))
+    for i, (other, picture) in decoded(where, some, prepare, 0.01):  # of a large set a hundred are looked at, to meet errors early
+        images[i:i + 1] = picture
         kept.append(i)
-        resized += not same
+        resized += other
     if resized:
-        print(f"note: {resized} of {len(items)} images in {where} are not {size}x{size}: resized and centre-cropped", file=sys.stderr)
-    return (images, labels, classes) if len(kept) == len(items) else (images[kept], labels[kept], classes)
+        print(f"note: {resized} of {len(some)} images in {where} are not {size}x{size}: resized and centre-cropped", file=sys.stderr)
+    return (items, labels, classes) if large else (images, labels, classes) if len(kept) == len(items) else (images[kept], labels[kept], classes)
+
+def room():
+    """Bytes that a data set may take in memory: a quarter, shared by the processes here; no more than a quarter of a GPU's free memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // LOCAL_WORLD
+    return min(host, torch.cuda.mem_get_info()[0] // 4) if torch.cuda.is_available() else host
+
+def decode(items, size):
+    """Files or arrays -> uint8 (B, 3, size, size). Grey stands in for one that cannot be read."""
+    pictures = [attempt(item, functools.partial(fit, size=size)) for item in items]
+    for why in filter(lambda picture: isinstance(picture, str), pictures):
+        print(f"note: cannot read {why}: grey stands in for it", file=sys.stderr)
+    return torch.stack([torch.full((3, size, size), 128, dtype=torch.uint8) if isinstance(p, str) else p for p in pictures])
+
+def stream(images, batches, device, size):
+    """images[i] on the device for each i of batches, tensors of positions. What is not in memory is decoded ahead, by worker processes."""
+    undisturbed = lambda _: (signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a Ctrl-C is not for them
+    found = (images[i] for i in batches) if torch.is_tensor(images) else torch.utils.data.DataLoader(
+        images, batch_sampler=(i.tolist() for i in batches), collate_fn=functools.partial(decode, size=size), worker_init_fn=undisturbed,
+        num_workers=max(1, os.cpu_count() // LOCAL_WORLD), pin_memory=device.type == "cuda")
+    return (x.to(device, non_blocking=True) for x in found)
 
 # ------------------------------------------------------------------------------------------------------------------- FID
-#
 # FID (Heusel et al. 2017) asks how far apart two sets of images lie in the eyes of a network. Take the 2,048 pooled features of
 # each image, think of each set as a Gaussian, and measure the Frechet distance between the two:
-#
 #     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
-#
 # S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer than features. But it has the
 # eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric and positive: the trace of the root is the sum of their square roots.
 # What biases FID: few images (upwards: their scatter counts as distance, badly below 2,048), another resizing or file format (JPEG!),
@@ -239,7 +242,6 @@ class Mixed(nn.ModuleDict):
                 self.paths[name].append(list(parts))
                 c = int(c_out)
             self.width += c * len(parts)
-
     def forward(self, x):
         out = []
         for name, path in self.paths.items():
@@ -262,13 +264,11 @@ class InceptionV3(nn.Sequential):
             width = self[-1].width
         self.add_module("fc", nn.Linear(width, 1008))
         self.eval().requires_grad_(False)
-
     def fold(self):
         """Merge every batch norm into its convolution: the same function, faster. The state-dict names are lost."""
         for m in [m for m in self.modules() if hasattr(m, "bn")]:
             m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
         return self.to(memory_format=torch.channels_last)
-
     def forward(self, images):
         rows, columns = (resize_matrix(n).to(images.device) for n in images.shape[2:])
         x = ((rows @ images.float() @ columns.T - 128) / 128).contiguous(memory_format=torch.channels_last)
@@ -288,7 +288,7 @@ def resize_matrix(n, to=299):
 def load_inception(file, device):
     """The published network, or the one in `file`, ready to measure; its batch norms folded."""
     net, path = InceptionV3(), Path(file) if file else fetch(WEIGHTS)
-    load_state(net, load_checkpoint(path), path)
+    restore(path, {None: net})
     if file and sha256(path) != PUBLISHED[WEIGHTS][1]:
         print(f"note: {path} is not the published network: what it measures is not FID", file=sys.stderr)
     return net.fold().to(device)
@@ -298,7 +298,7 @@ def measure(where, items, net, device, skip_bad=False):
     """Images (files, or an array (N, H, W, 3)) -> mean (2048,) and covariance (2048, 2048) of their features, float64, and logits
     (N, 1008). Sums accumulate batch by batch; each size of picture is resized by itself."""
     batch = 10 if device.type == "cpu" else 100  # small ones stay in a CPU's caches: a fifth faster than 50
-    total, outer, found, pictures = 0, 0, [], decoded(where, items, to_tensor, 1 if skip_bad else 0)
+    total, outer, found, pictures = 0, 0, [], decoded(where, items, fit, 1 if skip_bad else 0)
     for _, group in itertools.groupby(pictures, lambda pair: (pair[0] // batch, pair[1].shape)):
         f, logits = (y.cpu() for y in net(torch.stack([x for _, x in group]).to(device)))
         total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
@@ -343,7 +343,7 @@ def main():
     if logits is not None:
         print("is {:.6f} {:.6f}".format(*inception_score(logits)))
     if args.paired:
-        pairs = zip(*(decoded(spec, s, to_tensor, 0) for spec, s in zip(specs, sets)))
+        pairs = zip(*(decoded(spec, s, fit, 0) for spec, s in zip(specs, sets)))
         print(f"psnr {torch.cat([psnr(a[None], b[None]) for (_, a), (_, b) in pairs]).mean():.4f}")
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ pre-trained model. A one-block transformer predicts what quantization threw away
     image --encoder--> Z --adapters--> Z_sem, Z_vis --quantizers--> Zhat_sem, Zhat_vis --residual modules--> + --decoder--> image
                                        codebook C_sem follows the teacher's histogram (eq. 7); C_vis is free
 
-Read in this order: configuration, quantizer (1), histogram relation loss (4)-(7), residual module (8)-(12), the tokenizer,
-its losses (2), (3), (13). Borrowed networks (encoder, decoder, discriminator, LPIPS, DINOv2), k-means and t-SNE come last.
-Equation numbers are the paper's. "Paper silent" marks what the paper leaves open and we chose; "departs" what we do otherwise.
-The scripts beside this file: train.py trains, sample.py makes pictures, fid.py reads data and measures.
+Read in this order: configuration, quantizer (1), histogram relation loss (4)-(7), residual module (8)-(12), the tokenizer, its losses
+(2), (3), (13), the generator. Borrowed networks, k-means and t-SNE come last. Equation numbers are the paper's. "Paper silent" marks what
+it leaves open and we chose. The scripts beside this file: train.py trains, sample.py makes pictures, fid.py reads data and measures.
 """
+import argparse
+import contextlib
 import difflib
+import functools
 import json
 import math
 import pickle
@@ -22,6 +24,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,7 +45,6 @@ def setting(default, help, low=0, high=1e9):
 @dataclass(frozen=True)
 class Config:
     """Every setting of models, losses and training. The defaults are preset "shapes"; train.py has a flag for each."""
-
     data: str = setting("shapes", "shapes, cifar10, a folder of images, or an .npz of uint8 images (N, H, W, 3)")
     teacher: str = setting("convnet", "convnet, dinov2, sphere, or FILE[:TENSOR] of vectors (.npy, .npz, .pt, .pth)")
     teacher_centres: int = setting(1024, "k-means centres that stand for the teacher's features", 2)
@@ -87,7 +89,7 @@ class Config:
     guidance: float = setting(5.0, "classifier-free guidance of the last cell; 1 is none", 0, 100)
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
     generator_steps: int = setting(3000, "training steps of the generator", 1)
-    gen_batch: int = setting(16, "images a step", 1)
+    gen_batch: int = setting(16, "images a step, over all processes", 1)
     gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
     gen_decay: float = setting(0.02, "AdamW's weight decay", 0, 10)
     gen_warmup: int = setting(50, "steps over which the learning rate rises from 0")
@@ -95,7 +97,7 @@ class Config:
     ema: float = setting(0.995, "decay of the moving average of the weights, which samples", 0, 1)
     # training
     tokenizer_steps: int = setting(1300, "training steps of the tokenizer", 1)
-    batch_size: int = setting(16, "images a step", 1)
+    batch_size: int = setting(16, "images a step, over all processes", 1)
     lr: float = setting(3e-3, "learning rate of Adam", 0, 1)
     beta1: float = setting(0.9, "Adam's first beta", 0, 0.999999)
     beta2: float = setting(0.95, "Adam's second beta", 0, 0.999999)
@@ -104,11 +106,12 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
     revive_every: int = setting(20, "steps between revivals of unused codes; 0 never revives")
     flip: int = setting(1, "1: mirror half of the training images", 0, 1)
+    accumulate: int = setting(1, "parts of a process's batch that pass one after the other, to save memory", 1)
+    compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
     precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
     eval_images: int = setting(1000, "held-out images that the final figures are taken on", 1)
     save_every: int = setting(200, "steps between checkpoints", 1)
     seed: int = setting(0, "seed of weights, data order and built-in data", 0, 2**31)
-
     def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
@@ -125,14 +128,8 @@ class Config:
             raise BadInput(f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, {4 * self.gen_heads}, for 2-D rotary positions")
         if self.precision not in ("auto", "bf16", "float32"):
             raise BadInput(f"precision is {self.precision!r}: it must be auto, bf16 or float32")
-
-    @property
-    def factor(self):  # pixels a token covers in each direction
-        return self.patch * 2 ** (len(self.channel_mult) - 1)
-
-    @property
-    def grid(self):  # tokens in each direction
-        return self.image_size // self.factor
+    factor = property(lambda self: self.patch * 2 ** (len(self.channel_mult) - 1))  # pixels a token covers in each direction
+    grid = property(lambda self: self.image_size // self.factor)  # tokens in each direction
 
 PRESETS = {
     "shapes": Config(),
@@ -162,18 +159,26 @@ def choose(name, options, what):
     return options[name]
 
 # -------------------------------------------------------------------------------------------------------- quantizer (1)
-#
 # A quantizer replaces each feature by the nearest vector of a learned codebook C (n, d). Paper silent on the metric; as
 # FQGAN we put features and codes on the unit sphere, where the nearest in angle is the nearest in distance:
 # ||z - c||^2 = 2 - 2 z.c. No code can then win by its length alone, and cosines are what eq. (4) compares anyway.
 #
 # argmin has no gradient, so each side gets its own. The codebook follows the features, the encoder commits to the codes:
-#
 #     L_Q = ||sg[Z] - Zhat||^2 + beta ||sg[Zhat] - Z||^2                                                            (1)
 #           moves the codebook     moves the encoder
-#
 # beta < 1 because the codebook should do most of the walking. (A widely copied bug has beta on the first term.) The
 # decoder's gradient crosses the gap unchanged, "straight through": forward Zhat, backward the identity onto Z.
+
+@contextlib.contextmanager
+def exact(device):
+    """Products inside are in float32, though autocast and TF32 may reign outside. Near codes differ in the third decimal; bf16 keeps two."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 def straight_through(z, codes):
     """Value of codes, gradient of z. Written so that the value is exact: z - sg[z] is 0, while z + (codes - z) rounds."""
@@ -181,26 +186,20 @@ def straight_through(z, codes):
 
 class Quantizer(nn.Module):
     """Cosine look-up in a codebook of n unit vectors of dimension d."""
-
     def __init__(self, n, d, beta):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(n, d), dim=1))
         self.register_buffer("hits", torch.zeros(n))  # how often each code was used since the last revival
         self.beta, self.recent = beta, None  # recent: the features of the last training batch
-
-    @property
-    def codebook(self):  # (n, d), on the unit sphere
-        return F.normalize(self.weight, dim=1)
-
+    codebook = property(lambda self: F.normalize(self.weight, dim=1))  # (n, d), on the unit sphere
     def look_up(self, z, chunk=2**24):
         """Unit features z (..., d) -> int64 indices (...). In chunks: never more than 2^24 similarities in memory."""
         codes, flat = self.codebook.detach(), z.detach().flatten(0, -2)
-        rows = max(1, chunk // len(codes))
-        return torch.cat([(part @ codes.T).argmax(1) for part in flat.split(rows)]).view(z.shape[:-1])
-
+        with exact(z.device):
+            return torch.cat([(part @ codes.T).argmax(1) for part in flat.split(max(1, chunk // len(codes)))]).view(z.shape[:-1])
     def forward(self, z):
         """Features z (B, T, d) -> unit z, code vectors with gradient to the codebook (both float32), indices, L_Q."""
-        with torch.autocast(z.device.type, enabled=False):  # bf16 would confuse near codes
+        with exact(z.device):
             z = F.normalize(z.float(), dim=-1)  # (B, T, d)
             index = self.look_up(z)  # (B, T)
             codes = F.embedding(index, self.codebook)  # (B, T, d)
@@ -209,13 +208,10 @@ class Quantizer(nn.Module):
             self.hits += torch.bincount(index.flatten(), minlength=len(self.hits))
             self.recent = z.detach().flatten(0, 1)
         return z, codes, index, loss
-
     @torch.no_grad()
     def revive(self):
-        """Move codes that hardly any feature chose since the last call onto features of the last batch. NOT in the paper.
-
-        Only chosen codes get gradient from eq. (1), so unlucky ones die early, and on small data most do. The first call
-        is what others call starting from data. Under several processes all see the same hits and rank 0's features."""
+        """Move codes that hardly any feature chose since the last call onto features of the last batch. NOT in the paper. Only chosen codes
+        get gradient from eq. (1), so unlucky ones die early, and on small data most do. Several processes all do what process 0 does."""
         pick = self.recent[torch.randint(len(self.recent), (len(self.hits),), device=self.recent.device)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.hits)
@@ -225,19 +221,12 @@ class Quantizer(nn.Module):
         self.hits.zero_()
 
 # ----------------------------------------------------------------------------------- histogram relation loss (4)-(7)
-#
 # How do the vectors of a codebook lie to one another? Take all pairwise cosines, each code with itself included,
-#
 #     D = { cos(t_i, t_j) : t_i, t_j in C, i <= j },       M = n (n + 1) / 2 numbers in [-1, 1],                   (4)
-#
 # and describe their distribution by N bins with centres
-#
 #     B_k = -1 + 2 k / (N - 1),   k = 0 .. N - 1.                                                                   (5)
-#
 # A count per bin has no gradient, so each similarity falls into all bins a little, with Gaussian weight:
-#
 #     p_k = sum over D of exp(-alpha (D - B_k)^2),       P = p / sum(p).                                            (6)
-#
 # The diagonal (i = j) adds n times D = 1: a share 2 / (n + 1) in the last bins, the same constant for any codebook of that
 # size. It has no gradient, and keeps log P finite at 1 for student and teacher alike.
 #
@@ -259,9 +248,7 @@ def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
     return p / p.sum()
 
 # The same in a hundredth of the time. All M similarities act through N numbers, and each is acted upon by one scalar:
-#
 #     dL/dD = sum_k (dL/dp_k) f_k'(D) = g(D),     f_k(D) = exp(-alpha (D - B_k)^2),
-#
 # a force that depends on D alone. So neither direction needs N exponentials a pair. Forward: count the similarities in
 # FINE cells of [-1, 1], then p_k = sum over cells of count * f_k. Backward: tabulate g and let every pair look its force up;
 # D_ij = t_i . t_j moves t_i along t_j and t_j along t_i, so dL/dt_i = sum_j g(D_ij) t_j, a matrix product. Both run over
@@ -285,7 +272,6 @@ def between(like):  # where the FINE cells lie between two COARSE points: 0, 1/6
 
 class SmoothedHistogram(torch.autograd.Function):
     """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
-
     @staticmethod
     def forward(ctx, t, bins, alpha):
         offset = torch.linspace(-1, 1, COARSE + 1, device=t.device) - bin_centres(bins, t)[:, None]  # (bins, COARSE + 1)
@@ -305,12 +291,11 @@ class SmoothedHistogram(torch.autograd.Function):
         coarse = F.pad(parts.sum(1) - right, (0, 1)) + F.pad(right, (1, 0))
         coarse[-1] += count[-1] / 2
         return f @ coarse + 0 * t.sum()
-
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         t, offset, f = ctx.saved_tensors
-        with torch.autocast(t.device.type, enabled=False):
+        with exact(t.device):
             coarse = -2 * ctx.alpha * (grad.float() @ (offset * f))  # g on the coarse grid, then linearly on the fine one
             force = F.pad(torch.lerp(coarse[:-1, None], coarse[1:, None], between(t)).flatten(), (0, 1))
             force[-1] = coarse[-1]
@@ -323,14 +308,12 @@ class SmoothedHistogram(torch.autograd.Function):
 
 def relation_histogram(codes, bins=40, alpha=ALPHA):
     """Eqs. (4)-(6), fast: codes (n, d) float -> (bins,) float32, sum 1, differentiable once. float32 under autocast, too."""
-    with torch.autocast(codes.device.type, enabled=False):
+    with exact(codes.device):
         p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)
         return p / p.sum()
 
 # Eq. (7) is written L_hist = KL(log P_s || sg[P_t]), the way torch's kl_div takes its arguments. Its value is
-#
 #     L_hist = sum_k P_t (log P_t - log P_s) = KL(P_t || P_s),                                                      (7)
-#
 # so the student must cover every similarity that the teacher has; the other direction could ignore some. P_t is stopped.
 #
 # What can a codebook of dimension d imitate? The cosines' second moment is (1/n^2) ||T T'||_F^2 = (1/n^2) sum of squares of
@@ -363,14 +346,11 @@ def sphere_histogram(dim, bins=40, alpha=ALPHA):
     return (p / p.sum()).float()
 
 # -------------------------------------------------------------------------------------- the residual module (8)-(12)
-#
 # Quantization error is not noise: a code's neighbours in the grid say much about where in its cell a feature lay. One
 # transformer block reads all codes of one kind and predicts the missing part,
-#
 #     Zres_sem = R_sem(Zhat_sem)                                                                                    (8)
 #     Zres_vis = R_vis(Zhat_vis)                                                                                    (9)
 #     L_res = ||sg[Z_sem] - Zhat_sem - Zres_sem|| + ||sg[Z_vis] - Zhat_vis - Zres_vis||                             (10)
-#
 # and the decoder gets the sum, Zhat_vis + Zres_vis (11) and Zhat_sem + Zres_sem (12).
 #
 # In (10) Z is stopped and Zhat is not. Paper silent: whose gradient is that? If Zhat were the straight-through copy, the
@@ -384,7 +364,6 @@ class Block(nn.Module):
     The generator uses it with more: a condition (B, cells, width) that scales, shifts and gates each cell (AdaLN, starting as
     the identity); rotary positions (T, width / heads / 2); a mask (T, S); a cache, the list of earlier cells' keys and values,
     to which this call's are appended if `keep`."""
-
     def __init__(self, width, heads, conditional=False):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)
@@ -394,7 +373,6 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width) if conditional else None
         if conditional:
             nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
-
     def forward(self, x, condition=None, rotary=None, mask=None, cache=None, keep=False):
         B, T, W = x.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = 0, 0, 1, 0, 0, 1
@@ -418,13 +396,11 @@ class Transformer(nn.Module):
     """Linear, learned positions, blocks, linear: tokens (B, T, d_in) -> (B, T, d_out). Adapters and residual modules.
 
     Paper silent on how a block meets 8-d codes and where positions enter: projections to `width` and back, positions added."""
-
     def __init__(self, d_in, d_out, width, heads, layers, tokens):
         super().__init__()
         self.into, self.out = nn.Linear(d_in, width), nn.Linear(width, d_out)
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
-
     def forward(self, x):
         x = self.blocks(self.into(x) + self.position)
         return self.out(F.rms_norm(x, x.shape[-1:]))
@@ -433,16 +409,13 @@ class Transformer(nn.Module):
 
 class GloTok(nn.Module):
     """The tokenizer of figure 2. Grids are (B, h, w) with h = w = config.grid; images float (B, 3, H, W) in [-1, 1]."""
-
     def __init__(self, config):
         super().__init__()
         c, tokens = config, config.grid**2
         self.config = c
-
         def adapter():  # paper silent; FQGAN's: transformer layers, then a linear map to code_dim
             return (Transformer(c.z_channels, c.code_dim, c.width, c.heads, c.adapter_layers, tokens)
                     if c.adapter_layers else nn.Linear(c.z_channels, c.code_dim))
-
         def residual():
             module = Transformer(c.code_dim, c.code_dim, c.width, c.heads, 1, tokens)
             nn.init.zeros_(module.out.weight), nn.init.zeros_(module.out.bias)  # starts by adding nothing
@@ -454,42 +427,30 @@ class GloTok(nn.Module):
         self.quantizer_vis = Quantizer(c.codes_vis, c.code_dim, c.beta)
         if c.lambda_res:
             self.residual_sem, self.residual_vis = residual(), residual()
-
-    @property
-    def codebook_sem(self):
-        return self.quantizer_sem.codebook
-
-    @property
-    def codebook_vis(self):
-        return self.quantizer_vis.codebook
-
+    codebook_sem = property(lambda self: self.quantizer_sem.codebook)
+    codebook_vis = property(lambda self: self.quantizer_vis.codebook)
     def features(self, x):
         """Images -> Z_sem and Z_vis before normalisation, each (B, h * w, code_dim)."""
         z = self.encoder(x).flatten(2).transpose(1, 2)  # (B, T, z_channels)
         return self.adapter_sem(z), self.adapter_vis(z)
-
     def residuals(self, codes_sem, codes_vis):
         """(8), (9): code vectors (B, T, d) -> Zres_sem, Zres_vis; zeros without residual modules (lambda_res 0)."""
         if not self.config.lambda_res:
             return torch.zeros_like(codes_sem), torch.zeros_like(codes_vis)
         return self.residual_sem(codes_sem).float(), self.residual_vis(codes_vis).float()
-
     def decode_latents(self, sem, vis):
         """Latents (B, T, d) after (11), (12) -> images: channel-wise concatenation, then the decoder."""
         z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
         return self.decoder(z.unflatten(2, (self.config.grid, self.config.grid))).float()
-
     def composite(self, sem, vis, residual=True):
         """Indices (B, h, w) -> the two halves of the composite latent, (B, T, d) each: code vectors, plus their residuals."""
         c_sem, c_vis = F.embedding(sem.flatten(1), self.codebook_sem), F.embedding(vis.flatten(1), self.codebook_vis)
         r_sem, r_vis = self.residuals(c_sem, c_vis) if residual else (0, 0)
         return c_sem + r_sem, c_vis + r_vis  # (12), (11)
-
     def to_latents(self, sem, vis):
         """Indices (B, h, w) -> what the generator learns, (B, 2 * code_dim, h, w): codes, or with the residual added."""
         z = torch.cat(self.composite(sem, vis, self.config.latent_residual), dim=2)
         return z.transpose(1, 2).unflatten(2, sem.shape[1:])
-
     def from_latents(self, latents):
         """Generated latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W)."""
         sem, vis = latents.flatten(2).transpose(1, 2).chunk(2, dim=2)  # each (B, T, d)
@@ -497,7 +458,6 @@ class GloTok(nn.Module):
             sem, vis = (F.embedding(q.look_up(F.normalize(z, dim=2)), q.codebook) for q, z in ((self.quantizer_sem, sem), (self.quantizer_vis, vis)))
         r_sem, r_vis = (0, 0) if self.config.latent_residual else self.residuals(sem, vis)
         return self.decode_latents(sem + r_sem, vis + r_vis)
-
     def forward(self, x):
         """Images -> reconstructions, {"quantize": L_Q (1), "residual": L_res (10)}, each summed over the two codebooks."""
         f_sem, f_vis = self.features(x)
@@ -507,23 +467,19 @@ class GloTok(nn.Module):
         residual = F.mse_loss(c_sem + r_sem, z_sem.detach()) + F.mse_loss(c_vis + r_vis, z_vis.detach())  # (10)
         recon = self.decode_latents(straight_through(z_sem, c_sem) + r_sem, straight_through(z_vis, c_vis) + r_vis)  # (11), (12)
         return recon, {"quantize": quantize_sem + quantize_vis, "residual": residual}
-
     def encode(self, x):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
         grid = (self.config.grid, self.config.grid)
         return tuple(quantizer(f)[2].unflatten(1, grid) for quantizer, f in
                      zip((self.quantizer_sem, self.quantizer_vis), self.features(x)))
-
     def decode(self, sem, vis):
         """Semantic and visual indices (B, h, w) -> images: what forward reconstructs from the same indices."""
         return self.decode_latents(*self.composite(sem, vis))
 
 # ------------------------------------------------------------------------------------------------- the losses (2), (3), (13)
-#
 #     L_R     = ||x - xhat||^2                                                                                      (2)
 #     L_VQGAN = l_R L_R + l_Q L_Q + l_P L_P + l_G L_G                                                               (3)
 #     L       = L_VQGAN + l_res L_res + l_hist L_hist                                                               (13)
-#
 # train.py adds them up in one line. L_P is LPIPS (below). L_G = -mean D(xhat) with a patch discriminator D, which itself
 # minimises the hinge loss: real patches above 1, false ones below -1, no credit for more.
 
@@ -536,10 +492,10 @@ def adaptive_weight(recon_loss, adv_loss, last_layer):
     of_recon, of_adv = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (recon_loss, adv_loss))
     return (of_recon / (of_adv + 1e-4)).clamp(max=1e4).detach()
 
-def to_float(images, device, flip=False):
-    """Images uint8 (B, 3, H, W) -> float in [-1, 1], each mirrored with probability 1/2 if flip."""
+def to_float(images, device, mirror=None):
+    """Images uint8 (B, 3, H, W) -> float in [-1, 1], those flipped where mirror, bool (B, 1, 1, 1), says so."""
     x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x) if flip else x
+    return x if mirror is None else torch.where(mirror, x.flip(3), x)
 
 def to_uint8(x):
     """float in [-1, 1], clipped -> uint8, rounded."""
@@ -554,8 +510,39 @@ def spread(n, k):
     """Up to k positions, evenly over range(n): folders come sorted by class."""
     return torch.arange(min(n, k)) * n // min(n, k)
 
+@functools.lru_cache(2)
+def shuffle(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+def batch_indices(n, batch, step, seed):
+    """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
+    at = torch.arange(step * batch, (step + 1) * batch)
+    return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
+
+def learning_rate(step, steps, peak, warmup, cooldown):
+    """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0 over the last share `cooldown` of the steps."""
+    late = max(0.0, 1 - (steps - step) / max(cooldown * steps, 1))
+    return peak * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * late)) / 2
+
+def compile_all(c, device, *nets):
+    """torch.compile, in place, if it is asked for and works here."""
+    try:
+        c.compile and torch.compile(torch.sin)(torch.ones(9, device=device))
+    except RuntimeError as error:
+        print(f"note: --compile 1 finds no working compiler ({str(error).strip().splitlines()[0]}): not compiled", file=sys.stderr)
+    else:
+        [net.compile(dynamic=False) for net in nets if c.compile]
+
+def use_bf16(c, device):
+    """bf16 autocast: as told, or where it is faster: GPUs that have it; CPUs that multiply it natively, if the network is wide (preset
+    shapes took 1.6 times as long with it; where it is emulated it is many times slower)."""
+    if c.precision == "auto" and device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    cpu = Path("/proc/cpuinfo")
+    native = cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    return c.precision == "bf16" or c.precision == "auto" and c.channels >= 64 and native
+
 # ------------------------------------------------------------------------------- the generator: xAR (section 3.4)
-#
 # Two indices a position, predicted one after the other, double the chances to err, and errors feed on errors. So the paper
 # concatenates the two code vectors of a position (8 + 8 = 16 numbers) and lets xAR (Ren et al. 2025, arXiv 2502.20388) learn
 # that continuous space: the grid is cut into cells, generated in order, each by flow matching.
@@ -580,7 +567,6 @@ def rotate(x, angles):
 
 class XAR(nn.Module):
     """The generator. Latents are (B, 2 * code_dim, h, w), h = w = config.grid, of about unit deviation; labels int64 (B,)."""
-
     def __init__(self, config):
         super().__init__()
         c, self.config, channels = config, config, 2 * config.code_dim
@@ -600,17 +586,14 @@ class XAR(nn.Module):
         order = torch.arange(self.side**2).repeat_interleave(self.tokens)
         self.register_buffer("angles", angles.flatten(1), persistent=False)
         self.register_buffer("mask", order[:, None] >= order[None, :], persistent=False)  # a cell sees itself and those before it
-
     def cells(self, z):
         """Grid (B, C, h, w) -> tokens (B, cells, cell * cell, C): cell by cell, row by row inside a cell."""
         z = z.unflatten(3, (-1, self.config.cell)).unflatten(2, (-1, self.config.cell))  # (B, C, side, cell, side, cell)
         return z.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
-
     def grid(self, tokens):
         """The inverse of cells: (B, cells, cell * cell, C) -> (B, C, h, w)."""
         z = tokens.unflatten(2, (self.config.cell, -1)).unflatten(1, (self.side, -1))  # (B, side, side, cell, cell, C)
         return z.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
     def velocity(self, z, t, labels, first=0, caches=None, keep=False):
         """Cells z (B, k, cell * cell, C) at times t (B, k) -> their velocities; they are the cells from `first` on. All earlier cells
         must be in caches, one list a block, to which these are added if `keep`. Without caches first is 0."""
@@ -624,17 +607,18 @@ class XAR(nn.Module):
             x = block(x, condition, self.angles[here], self.mask[here, here] if cache is None else None, cache, keep)
         scale, shift = self.last(F.silu(condition))[:, :, None].chunk(2, dim=3)
         return self.out(F.rms_norm(x.unflatten(1, (k, -1)), x.shape[-1:]) * (1 + scale) + shift).float()
-
-    def loss(self, latents, labels):
-        """Flow matching with noisy context: latents (B, C, h, w), labels (B,) -> mean squared error of the velocity."""
+    def loss(self, latents, labels, part=0, parts=1):
+        """Flow matching with noisy context: latents (B, C, h, w), labels (B,) -> mean squared error of the velocity. If these are one
+        of several equal parts of a batch, each draws for the whole and takes its own: their mean is the loss of the batch undivided."""
         z = self.cells(latents.float())  # (B, cells, cell * cell, C)
-        t = torch.randn(z.shape[:2], device=z.device).sigmoid()  # a time of its own for each cell, logit-normal(0, 1)
-        noise = torch.randn_like(z)
-        hide = torch.rand(len(labels), device=labels.device) < self.config.label_dropout
+        draw = lambda random, *shape: random(parts * len(z), *shape, device=z.device)[part * len(z):][:len(z)]
+        t = draw(torch.randn, z.shape[1]).sigmoid()  # a time of its own for each cell, logit-normal(0, 1)
+        noise = draw(torch.randn, *z.shape[1:])
+        hide = draw(torch.rand) < self.config.label_dropout
         labels = torch.where(hide, self.config.classes, labels)
         noisy = torch.lerp(z, noise, t[:, :, None, None])  # (1 - t) z + t eps
         return F.mse_loss(self.velocity(noisy, t, labels), noise - z)
-
+    forward = loss  # what DistributedDataParallel calls
     @torch.no_grad()
     def sample(self, labels, steps=25, guidance=1.0):
         """Labels (B,) -> latents (B, C, h, w). Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one Euler step to 0; Euler
@@ -663,14 +647,30 @@ class XAR(nn.Module):
             done = torch.cat([done, z], dim=1)
         return self.grid(done)
 
-# ------------------------------------------------------------------------------------- reading files, telling progress
+# ------------------------------------------------------------------- what the scripts share: talking to the user, reading files
+
+def run(main):
+    """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
+    try:
+        main()
+    except BadInput as error:
+        print("\r\033[K" * sys.stderr.isatty() + f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage text
+        raise BadInput(message)
+    def parse(self, about):
+        self.description, self.formatter_class, self.allow_abbrev = about, argparse.RawDescriptionHelpFormatter, False
+        args, unknown = self.parse_known_args()
+        return choose(unknown[0].split("=")[0], self._option_string_actions, "flag") if unknown else args
 
 class Progress:
     """A line on standard error that overwrites itself on a terminal; elsewhere a plain line every ten seconds at most."""
-
     def __init__(self, what, total, done=0):
         self.what, self.total, self.first, self.start, self.said = what, total, done, time.time(), time.time()
-
     def __call__(self, done, text=""):
         now, tty, last = time.time(), sys.stderr.isatty(), done >= self.total
         if last or now - self.said > (0.2 if tty else 10):
@@ -685,6 +685,32 @@ def read_arrays(path):
         return dict(file) if path.suffix == ".npz" else {"array": file}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
+
+def read_vectors(spec):
+    """FILE or FILE:TENSOR -> float vectors (n, d), n >= 2: an .npy, .npz, or a checkpoint (.pt, .pth) with a 2-D tensor."""
+    spec, _, name = (spec, "", "") if Path(spec).exists() else spec.rpartition(":") if ":" in spec else (spec, "", "")
+    path = Path(spec)
+    if not path.is_file():
+        raise BadInput(f"no teacher {spec!r}: want convnet, dinov2, sphere, or a file of vectors (.npy, .npz, .pt, .pth)")
+    if path.suffix in (".npy", ".npz"):
+        found = {k: torch.from_numpy(v) for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
+    else:
+        found = dict(tensors_in(load_checkpoint(path)))
+    fits = [k for k, v in found.items() if v.dim() == 2 and len(v) > 1 and v.is_floating_point() and name in ("", k)]
+    if len(fits) != 1:
+        listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
+        raise BadInput(f"{path} must hold one float array (n, d) of n > 1 vectors, or be given as {path}:NAME; it holds {listed[:500]}")
+    vectors = found[fits[0]].float()
+    if not vectors.isfinite().all() or not vectors.norm(dim=1).all():
+        raise BadInput(f"{path}: {fits[0]} has vectors that are zero or not finite")
+    return vectors
+
+def tensors_in(value, name=""):
+    """All tensors in nested dictionaries, with dotted names."""
+    if torch.is_tensor(value):
+        yield name, value
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from tensors_in(inner, f"{name}.{key}" if name else str(key))
 
 def load_config(out):
     """The Config of the run in folder `out`, and the name of its preset."""
@@ -704,18 +730,14 @@ def load_checkpoint(path, device="cpu"):
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise BadInput(f"cannot read {path}: {(str(error) or 'damaged').splitlines()[0]}") from None
 
-def load_state(part, state, path):
-    """part.load_state_dict(state), where state comes from the file `path`."""
-    try:
-        part.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} holds other weights than these settings ask for: {' '.join(str(error).split())[:200]}") from None
-
-def restore(path, parts, device):
-    """Load the states in a checkpoint into parts, {name: module or optimizer}; -> everything in the checkpoint."""
+def restore(path, parts, device="cpu"):
+    """Load the states in a checkpoint into parts, {name: module or optimizer}, or {None: module} if the file is its state; -> the checkpoint."""
     saved = load_checkpoint(path, device)
-    for name, part in parts.items():
-        load_state(part, saved.get(name) if isinstance(saved, dict) else None, path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved if name is None else saved[name])
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} holds other weights than these settings ask for: {' '.join(str(error).split())[:200]}") from None
     return saved
 
 def load_run(folder, device, generator=False):
@@ -741,36 +763,26 @@ def group_norm(channels):
 
 class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), (B, c_in, H, W) -> (B, c_out, H, W)."""
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.body = nn.Sequential(group_norm(c_in), nn.SiLU(), conv(c_in, c_out),
                                   group_norm(c_out), nn.SiLU(), conv(c_out, c_out))
         self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
-
     def forward(self, x):
         return self.skip(x) + self.body(x)
 
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of (B, c, H, W)."""
-
     def __init__(self, channels):
         super().__init__()
         self.norm, self.qkv, self.proj = group_norm(channels), conv(channels, 3 * channels, 1), conv(channels, channels, 1)
-
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, H * W, c)
         return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
-class Downsample(nn.Module):
+def downsample(channels):
     """Halve (B, c, H, W). The pad is right and bottom alone, (0, 1, 0, 1): with stride 2 a symmetric one shifts the grid."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(channels, channels, stride=2))
 
 def middle(channels):
     return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
@@ -786,7 +798,7 @@ def encoder(c):
     layers = [nn.PixelUnshuffle(c.patch), conv(3 * c.patch**2, c.channels)]
     for i, width in enumerate(widths):
         layers += level(widths[max(i - 1, 0)] if i else c.channels, width, c.res_blocks, i == last)
-        layers += [Downsample(width)] if i < last else []
+        layers += [downsample(width)] if i < last else []
     return nn.Sequential(*layers, *middle(width), group_norm(width), nn.SiLU(), conv(width, c.z_channels))
 
 def decoder(c):
@@ -815,10 +827,8 @@ def discriminator(c):
 class LPIPS(nn.Module):
     """Zhang et al. 2018, on VGG16: images x, y (B, 3, H, W) in [-1, 1] -> distances (B,). State-dict names as published:
     features.* of torchvision's VGG16 and lin0 .. lin4. Random until both files are loaded."""
-
     widths = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
     taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of relu1_2, 2_2, 3_3, 4_3, 5_3: channels
-
     def __init__(self):
         super().__init__()
         layers, c_in = [], 3
@@ -831,7 +841,6 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
         for name, value in (("shift", (-0.030, -0.088, -0.188)), ("scale", (0.458, 0.448, 0.450))):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
-
     def forward(self, x, y):
         f, distance, head = (torch.cat([x, y]) - self.shift) / self.scale, 0, 0
         for i, layer in enumerate(self.features):
@@ -846,19 +855,13 @@ class LPIPS(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2 ViT-S/14: RGB in [0, 1], (B, 3, H, W), H and W multiples of 14 -> patch tokens after the last norm
     (B, H * W / 196, 384). State-dict names as published. Random until the file is loaded."""
-
     def __init__(self, width=384, depth=12, heads=6):
         super().__init__()
         self.heads = heads
         self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 37 * 37 + 1, width))  # a 37 x 37 grid, class token first
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 14, 14)})
-
-        def scale():
-            scale = nn.Module()
-            scale.gamma = nn.Parameter(torch.ones(width))
-            return scale
-
+        scale = lambda: nn.ParameterDict({"gamma": torch.ones(width)})
         self.blocks = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.LayerNorm(width, eps=1e-6), "norm2": nn.LayerNorm(width, eps=1e-6), "ls1": scale(), "ls2": scale(),
             "attn": nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}),
@@ -866,7 +869,6 @@ class DINOv2(nn.Module):
         }) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.eval().requires_grad_(False)
-
     def forward(self, x):
         mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         x = self.patch_embed["proj"]((x - mean) / std)  # (B, width, h, w)
@@ -878,8 +880,8 @@ class DINOv2(nn.Module):
         for b in self.blocks:
             q, k, v = b["attn"]["qkv"](b["norm1"](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + b["ls1"].gamma * b["attn"]["proj"](a)
-            x = x + b["ls2"].gamma * b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x))))
+            x = x + b["ls1"]["gamma"] * b["attn"]["proj"](a)
+            x = x + b["ls2"]["gamma"] * b["mlp"]["fc2"](F.gelu(b["mlp"]["fc1"](b["norm2"](x))))
         return self.norm(x)[:, 1:]
 
 # --------------------------------------------------------------------------- appendix: the offline teacher, k-means
@@ -887,7 +889,6 @@ class DINOv2(nn.Module):
 class ConvNet(nn.Module):
     """A small classifier, trained on the labels in under a minute: a stand-in for a pre-trained vision model.
     Images (B, 3, H, W) in [-1, 1], at most 64 pixels used -> logits (B, classes); features() gives the maps before them."""
-
     def __init__(self, classes, widths=(32, 64, 64)):
         super().__init__()
         layers, c_in = [], 3
@@ -895,10 +896,8 @@ class ConvNet(nn.Module):
             layers += [nn.Conv2d(c_in, width, 3, 2 if i < 2 else 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             c_in = width
         self.body, self.head = nn.Sequential(*layers, nn.Conv2d(c_in, c_in, 3, 1, 1, bias=False), nn.BatchNorm2d(c_in)), nn.Linear(c_in, classes)
-
     def features(self, x):
         return self.body(F.adaptive_avg_pool2d(x, 64) if x.shape[-1] > 64 else x)  # (B, 64, H / 4, W / 4), before the last ReLU
-
     def forward(self, x):
         return self.head(F.relu(self.features(x)).mean((2, 3)))
 

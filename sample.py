@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fid import WEIGHTS, Parser, fetch, frechet_distance, load_data, load_inception, measure, run, sha256, write
-from glotok import BadInput, Progress, load_config, load_run, psnr, spread, to_float, to_uint8, tsne, uniformity
+from fid import WEIGHTS, fetch, frechet_distance, load_data, load_inception, measure, sha256, stream, write
+from glotok import BadInput, Parser, Progress, load_config, load_run, psnr, run, spread, to_float, to_uint8, tsne, uniformity
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -72,11 +72,11 @@ def at_once(model):
     return max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
 
 @torch.no_grad()
-def encode_all(model, images, device):
-    """uint8 images (N, 3, H, W) -> semantic and visual indices (N, 2, h, w) on the CPU."""
-    progress, out = Progress("encoding", len(images)), []
-    for part in images.split(at_once(model)):
-        out.append(torch.stack(model.encode(to_float(part, device)), dim=1).cpu())
+def encode_all(model, images, at, device):
+    """uint8 images (N, 3, H, W), or files; positions at (n,) -> their semantic and visual indices, int32 (n, 2, h, w), on the CPU."""
+    progress, out = Progress("encoding", len(at)), []
+    for part in stream(images, at.split(at_once(model)), device, model.config.image_size):
+        out.append(torch.stack(model.encode(to_float(part, device)), dim=1).int().cpu())
         progress(sum(map(len, out)))
     return torch.cat(out)
 
@@ -171,9 +171,9 @@ def main():
     if specs:
         model, data = load_run(folder, device), load_data(specs[0], config.image_size, config.seed)
         i = spread(len(data.held), config.eval_images if not args.retain else at_once(model))
-        held, labels, said = data.held[i], data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
+        labels, said = data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
         torch.manual_seed(args.seed)
-        indices = encode_all(model, held, device)
+        held, indices = torch.cat([*stream(data.held, i.split(100), torch.device("cpu"), config.image_size)]), encode_all(model, data.held, i, device)
         if args.retain:
             retain(out, model, held, indices.to(device))
             said += ", decoded from parts of their latents"

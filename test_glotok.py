@@ -296,10 +296,10 @@ def test_adapters_of_the_papers_presets_are_transformers():
     assert model(random_images())[0].shape == (2, 3, 16, 16)
 
 def test_down_sampling_pads_right_and_bottom():
-    down = glotok.Downsample(1)
+    down = glotok.downsample(1)
     with torch.no_grad():
-        down.conv.weight.zero_(), down.conv.bias.zero_()
-        down.conv.weight[0, 0, 0, 0] = 1  # picks the top left of each window
+        down[1].weight.zero_(), down[1].bias.zero_()
+        down[1].weight[0, 0, 0, 0] = 1  # picks the top left of each window
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(down(x), x[:, :, ::2, ::2])
 
@@ -499,7 +499,7 @@ def test_dinov2_names_and_shapes():
         assert net(torch.rand(2, 3, 28, 42)).shape == (2, 6, 384)
         # a permutation of far-away patches moves their tokens only through attention: with zero scales nothing mixes
         for b in net.blocks:
-            b["ls1"].gamma.zero_(), b["ls2"].gamma.zero_()
+            b["ls1"]["gamma"].zero_(), b["ls2"]["gamma"].zero_()
         x = torch.rand(1, 3, 518, 518)
         mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         patch = ((x[0] - mean) / std)[:, 14:28, 28:42].flatten()  # row 1, column 2
@@ -695,7 +695,7 @@ def test_psnr():
     assert glotok.psnr(x, y).tolist() == pytest.approx([20 * math.log10(5), 99], abs=1e-4)
 
 def test_batches_visit_every_image_once_an_epoch():
-    seen = torch.cat([train.batch_indices(10, 4, step, 0) for step in range(5)])
+    seen = torch.cat([glotok.batch_indices(10, 4, step, 0) for step in range(5)])
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
 
 # ---------------------------------------------------------------------------------------------------------------- teachers
@@ -707,9 +707,9 @@ def test_vectors_are_read_from_every_kind_of_file(tmp_path):
     torch.save({"model": {"codebook": v, "bias": torch.zeros(4)}, "step": 3}, tmp_path / "v.pt")
     torch.save({"a": v, "b": torch.randn(3, 2)}, tmp_path / "two.pth")
     for spec in ("v.npy", "v.npz", "v.pt", "two.pth:a"):
-        assert torch.equal(train.read_vectors(str(tmp_path / spec)), v), spec
+        assert torch.equal(glotok.read_vectors(str(tmp_path / spec)), v), spec
     with pytest.raises(BadInput, match=r"a \(9, 4\), b \(3, 2\)"):
-        train.read_vectors(str(tmp_path / "two.pth"))
+        glotok.read_vectors(str(tmp_path / "two.pth"))
 
 def test_teacher_of_a_file_is_its_histogram(tmp_path):
     v = torch.randn(20, 6)
@@ -937,18 +937,16 @@ def test_stopped_anywhere_a_run_resumes_to_the_same_weights(signal_number, finis
     status, _ = command(monkeypatch, capsys, *FLAGS, "--out", out)
     assert status == 130 and torch.load(out / "tokenizer.pt", weights_only=True)["step"] == 8  # the step was completed first
     monkeypatch.setattr(train, "to_float", real)
-    status, said = command(monkeypatch, capsys, "--resume", "--stage", "generator", "--out", out)
-    assert status == 2 and "stopped at step 8 of 20" in said[-1]
-    assert command(monkeypatch, capsys, "--resume", "--out", out)[0] == 0
+    assert command(monkeypatch, capsys, "--resume", "--stage", "generator", "--out", out)[0] == 0  # an unfinished tokenizer is finished first
     for stage in ("tokenizer", "generator"):
-        a, b = (dict(train.tensors_in(torch.load(run / f"{stage}.pt", weights_only=True))) for run in (out, finished[0]))
+        a, b = (dict(glotok.tensors_in(torch.load(run / f"{stage}.pt", weights_only=True))) for run in (out, finished[0]))
         assert a.keys() == b.keys() and len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
 
 @pytest.mark.parametrize("step", [3, 12])
 def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "teacher.pt", "tokenizer.pt", "metrics.json"):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
-    real, calls = XAR.loss, []
+    real, calls = XAR.forward, []
 
     def stop(self, *args):
         calls.append(1)
@@ -956,13 +954,103 @@ def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *args)
 
-    monkeypatch.setattr(XAR, "loss", stop)
+    monkeypatch.setattr(XAR, "forward", stop)
     flags = ["--resume", "--stage", "generator", "--out", tmp_path]
     assert command(monkeypatch, capsys, *flags)[0] == 130
     assert command(monkeypatch, capsys, *flags)[0] == 0 and len(calls) == 20
-    a, b = (dict(train.tensors_in(torch.load(run / "generator.pt", weights_only=True))) for run in (tmp_path, finished[0]))
+    a, b = (dict(glotok.tensors_in(torch.load(run / "generator.pt", weights_only=True))) for run in (tmp_path, finished[0]))
     assert len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
     assert {"psnr", "generator_seconds"} <= set(json.loads((tmp_path / "metrics.json").read_text()))
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_generators_batch_make_the_loss_of_the_whole(parts):
+    generator, latents, labels = awake(XAR(TINY)), torch.randn(8, 16, 8, 8), torch.arange(8) % TINY.classes
+    def loss(part, parts, *batch):
+        torch.manual_seed(1)
+        return generator.loss(*batch, part, parts)
+    whole = loss(0, 1, latents, labels)
+    divided = [loss(k, parts, z, y) for k, (z, y) in enumerate(zip(latents.chunk(parts), labels.chunk(parts)))]
+    assert sum(divided).item() / parts == pytest.approx(whole.item(), rel=1e-5)
+    assert len({round(x.item(), 5) for x in divided}) == parts  # each part has its own images and noise
+
+def test_two_processes_and_parts_follow_one_process_step_by_step(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})\nimport train\ntrain.LOG_EVERY = 1\ntrain.run(train.main)\n")
+    launcher, logs = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []
+    for name, start, parts in (("one", [sys.executable], "1"), ("two", launcher, "2")):
+        done = subprocess.run([*start, driver, *FLAGS, "--precision", "float32", "--revive_every", "0", "--accumulate", parts, "--out", tmp_path / name],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    assert [(r["stage"], r["step"]) for r in logs[1]] == [(stage, k) for stage in ("tokenizer", "generator") for k in range(1, 21)]
+    for one, two in zip(*logs):
+        assert one.keys() == two.keys()
+        assert all(one[k] == two[k] or one[k] == pytest.approx(two[k], rel=1e-4, abs=1e-6) for k in one), (one, two)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[1]["processes"] == 2 and metrics[0]["psnr"] == pytest.approx(metrics[1]["psnr"], abs=0.01)
+
+def test_streamed_files_train_as_those_in_memory(tmp_path, monkeypatch, capsys):
+    for k in range(3):
+        save_pictures(tmp_path / "data" / f"class{k}", 20, 16, offset=k)
+    flags, memory = [*FLAGS, "--data", tmp_path / "data", "--tokenizer_steps", 30, "--generator_steps", 2], fid.room
+    for name in ("memory", "files"):
+        monkeypatch.setattr(fid, "room", memory if name == "memory" else lambda: 0)
+        status, said = command(monkeypatch, capsys, *flags, "--out", tmp_path / name)
+        assert status == 0 and any(("in memory" if name == "memory" else "by worker processes") in line for line in said), said
+    for stage in ("tokenizer", "generator"):
+        a, b = (dict(glotok.tensors_in(torch.load(tmp_path / name / f"{stage}.pt", weights_only=True))) for name in ("memory", "files"))
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+def test_a_streamed_file_that_cannot_be_read_is_named_and_grey(tmp_path, capsys):
+    save_pictures(tmp_path, 3)
+    files = sorted(tmp_path.iterdir())
+    files[1].write_bytes(b"no picture")
+    images = fid.decode(files, 16)
+    assert files[1].name in capsys.readouterr().err and images.shape == (3, 3, 16, 16)
+    assert (images[1] == 128).all() and images[0].float().std() > 0 and images[2].float().std() > 0
+
+def test_exact_products_whatever_reigns_outside():
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    truth = (a.double() @ b.double()).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (a @ b - truth).abs().max() > 1e-2
+            with glotok.exact(a.device):
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert (a @ b - truth).abs().max() < 1e-4
+            q = Quantizer(500, 8, 0.25)
+            z = F.normalize(torch.randn(300, 8), dim=-1)
+            assert torch.equal(q.look_up(z), (z.double() @ q.codebook.double().T).argmax(1))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiling_is_tried_first(works, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no compiler\nin this place")
+    monkeypatch.setattr(torch, "compile", (lambda f: f) if works else fails)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    net = torch.nn.Linear(2, 2)
+    glotok.compile_all(replace(TINY, compile=1), torch.device("cpu"), net)
+    assert compiled == [net] * works
+    assert ("no compiler): not compiled" in capsys.readouterr().err) != works
+    glotok.compile_all(TINY, torch.device("cpu"), net)
+    assert compiled == [net] * works
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
+    for name in ("config.json", "teacher.pt", "tokenizer.pt", "log.jsonl"):
+        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+    before = (tmp_path / "tokenizer.pt").read_bytes()
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    assert len(before) > 100000
+    done = subprocess.run([sys.executable, "-c", limited, train.__file__, "--resume", "--tokenizer_steps", "40", "--stage", "tokenizer", "--out", tmp_path],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "tokenizer.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
 
 def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_lpips", lambda device: LPIPS().to(device))
@@ -1016,6 +1104,7 @@ BAD = [
     ("--batch_size 1.5", "--batch_size"),
     ("--image_size 31", "multiple of 2"),
     ("--precision half", "precision"),
+    ("--batch_size 10 --accumulate 4", "multiples of 1 process(es) times accumulate, 4"),
     ("--stage all-of-it", "--stage"),
     ("--data nowhere", "no data at"),
     ("--data TMP/empty", "no images"),

@@ -4,32 +4,40 @@
     python train.py --preset cifar10 --data cifar10            # real photographs, one GPU
     python train.py --preset cifar10 --data FOLDER --out runs/mine --tokenizer_steps 5000
     python train.py --resume --out runs/mine                   # go on where it stopped
+    torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
 
 Every setting of glotok.Config is a flag; see --help.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import json
-import math
+import os
 import platform
+import resource
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from fid import Parser, fetch, load_data, run, sha256, write
-from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, Progress, adaptive_weight, choose, cosine_moments, discriminator,
-                    hinge_loss, histogram_relation_loss, kl_divergence, kmeans, load_checkpoint, load_config, psnr, read_arrays, relation_histogram, restore,
-                    sphere_histogram, spread, to_float, to_uint8)
+from fid import fetch, load_data, sha256, stream, write
+from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, Parser, Progress, adaptive_weight, batch_indices, choose, compile_all,
+                    cosine_moments, discriminator, hinge_loss, histogram_relation_loss, kl_divergence, kmeans, learning_rate, load_checkpoint,
+                    load_config, psnr, read_vectors, relation_histogram, restore, run, sphere_histogram, spread, to_float, to_uint8, use_bf16)
 from sample import decode_all, encode_all, fid_of, generate, grid, grid_of_pairs, plot
 
 LOG_EVERY = 20
-MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap"}  # settings that --resume may alter
+MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap", "accumulate", "compile"}  # by --resume
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
 
 def parse():
     """Command line -> arguments, Config. A flag overrides the run's own settings (--resume) or the preset's."""
@@ -57,14 +65,27 @@ def parse():
     args.preset = args.preset or "shapes"
     return args, replace(choose(args.preset, PRESETS, "preset"), **given)
 
-def use_bf16(c, device):
-    """bf16 autocast: as told, or where it is faster: GPUs that have it; CPUs that multiply it natively, if the network is wide (preset
-    shapes took 1.6 times as long with it; where it is emulated it is many times slower)."""
-    if c.precision == "auto" and device.type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    cpu = Path("/proc/cpuinfo")
-    native = cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
-    return c.precision == "bf16" or c.precision == "auto" and c.channels >= 64 and native
+# ------------------------------------------------------------------- one batch, many processes (torchrun) and parts (--accumulate)
+# Every process takes an equal share of every batch, in --accumulate parts one after the other. Random numbers are drawn for the whole
+# batch and each part takes its own: any division of the batch makes the same step, up to rounding.
+
+def wrap(net):
+    """What a training step calls: net, its gradients averaged over the processes if there are several."""
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is not in torch 2.5
+    return net if WORLD == 1 else DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+def average(x):
+    """The mean of a tensor over the processes."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x / WORLD
+
+def encode_together(model, images, device):
+    """Every process encodes its share of images -> all their indices (N, 2, h, w), on the device."""
+    mine = encode_all(model, images, torch.arange(RANK, -(-len(images) // WORLD) * WORLD, WORLD) % len(images), device).to(device)
+    every = [torch.empty_like(mine) for _ in range(WORLD)]  # shares of one size
+    dist.all_gather(every, mine) if WORLD > 1 else every[0].copy_(mine)
+    return torch.stack(every, dim=1).flatten(0, 1)[:len(images)]
 
 # ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)
 
@@ -78,7 +99,7 @@ def make_teacher(c, data, device):
         vectors = patch_centres(c, data, lambda x: net.features(x).flatten(2).transpose(1, 2), device)
     elif c.teacher == "dinov2":
         net, extra = DINOv2().to(device), {}
-        net.load_state_dict(load_checkpoint(fetch("dinov2_vits14_pretrain.pth")))
+        restore(fetch("dinov2_vits14_pretrain.pth"), {None: net})
         vectors = patch_centres(c, data, lambda x: net(F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)), device)
     else:
         vectors = read_vectors(c.teacher)
@@ -91,8 +112,8 @@ def patch_centres(c, data, features, device, limit=10000, patches=5):
     found, g = [], torch.Generator().manual_seed(c.seed)
     chosen, progress = torch.randperm(len(data.train), generator=g)[:limit], Progress("teacher: features of image", min(limit, len(data.train)))
     patches = max(patches, 2 * c.teacher_centres // len(chosen))  # small data sets: more patches of each
-    for part in chosen.split(100):
-        f = features(to_float(data.train[part], device)).float()
+    for part in stream(data.train, chosen.split(100), device, c.image_size):
+        f = features(to_float(part, device)).float()
         found.append(f[:, torch.randperm(f.shape[1], generator=g)[:patches]].flatten(0, 1))
         progress(sum(map(len, found)) // patches)
     return kmeans(torch.cat(found), min(c.teacher_centres, sum(map(len, found)))).cpu()
@@ -104,54 +125,14 @@ def train_convnet(c, data, device, steps=300, batch=64):
     net = ConvNet(len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer, progress = torch.optim.Adam(net.parameters(), 3e-3), Progress("teacher: convnet step", steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    for step in range(steps):
-        i = batch_indices(len(data.train), batch, step, c.seed)
-        x = to_float(data.train[i], device, c.flip)
+    index = [batch_indices(len(data.train), batch, step, c.seed) for step in range(steps)]
+    for step, images in enumerate(stream(data.train, index, device, c.image_size)):
+        x = to_float(images, device, torch.rand(batch, 1, 1, 1, device=device) < c.flip / 2)
         x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)  # noise: it also judges imperfect, generated images
-        loss = F.cross_entropy(net(x), data.train_labels[i].to(device))
+        loss = F.cross_entropy(net(x), data.train_labels[index[step]].to(device))
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         progress(step + 1, f"loss {loss.item():.3f}")
     return net.eval()
-
-def read_vectors(spec):
-    """FILE or FILE:TENSOR -> float vectors (n, d), n >= 2: an .npy, .npz, or a checkpoint (.pt, .pth) with a 2-D tensor."""
-    spec, _, name = (spec, "", "") if Path(spec).exists() else spec.rpartition(":") if ":" in spec else (spec, "", "")
-    path = Path(spec)
-    if not path.is_file():
-        raise BadInput(f"no teacher {spec!r}: want convnet, dinov2, sphere, or a file of vectors (.npy, .npz, .pt, .pth)")
-    if path.suffix in (".npy", ".npz"):
-        found = {k: torch.from_numpy(v) for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
-    else:
-        found = dict(tensors_in(load_checkpoint(path)))
-    fits = [k for k, v in found.items() if v.dim() == 2 and len(v) > 1 and v.is_floating_point() and name in ("", k)]
-    if len(fits) != 1:
-        listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
-        raise BadInput(f"{path} must hold one float array (n, d) of n > 1 vectors, or be given as {path}:NAME; it holds {listed[:500]}")
-    vectors = found[fits[0]].float()
-    if not vectors.isfinite().all() or not vectors.norm(dim=1).all():
-        raise BadInput(f"{path}: {fits[0]} has vectors that are zero or not finite")
-    return vectors
-
-def tensors_in(value, name=""):
-    """All tensors in nested dictionaries, with dotted names."""
-    if torch.is_tensor(value):
-        yield name, value
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield from tensors_in(inner, f"{name}.{key}" if name else str(key))
-
-@functools.lru_cache(2)
-def shuffle(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-def batch_indices(n, batch, step, seed):
-    """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
-    at = torch.arange(step * batch, (step + 1) * batch)
-    return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
-
-def learning_rate(step, steps, peak, warmup, cooldown):
-    """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0 over the last share `cooldown` of the steps."""
-    late = max(0.0, 1 - (steps - step) / max(cooldown * steps, 1))
-    return peak * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * late)) / 2
 
 def load_lpips(device):
     net, files = LPIPS(), ("vgg16-397923af.pth", "vgg.pth")
@@ -159,136 +140,152 @@ def load_lpips(device):
     net.load_state_dict({k: v for file in weights for k, v in file.items() if not k.startswith("classifier")})
     return net.to(device)
 
-def train_steps(stage, out, parts, steps, batch, c, update, kept, device):
-    """Call update(step) until `steps`: it makes one training step and returns (loss terms and "norm", scalar tensors; a function for
-    further figures, called when they are logged). A checkpoint holds the states of `parts` and the values `kept`; it is written
-    every c.save_every steps, at the end, and on Ctrl-C or SIGTERM once the step is complete. -> kept, seconds of training."""
+def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, loss_of, after, kept, device):
+    """Train `net`, which wraps parts["model"]. For each item of feed(first step), this process's share of a batch: loss_of(step, part, *tensors)
+    of each of its parts -> (loss, loss terms), backward, a step of the optimizers `peaks`, {name: peak learning rate}, then after(step) -> a
+    function for further figures, called when they are logged. Process 0 writes a checkpoint, the states of `parts` and the value `kept`, every
+    c.save_every steps, at the end, and on Ctrl-C or SIGTERM after the step. -> kept, {"seconds", "images_per_second", "peak_memory_gb"}."""
     path, log_path, start, first, spent = out / f"{stage}.pt", out / "log.jsonl", time.time(), 0, 0.0
     if path.exists():
         saved = restore(path, parts, device)
         first, spent, kept = saved["step"], saved["seconds"], saved["kept"]
-    log = [row for row in read_log(out) if row["stage"] != stage or row["step"] <= first]
-    write(log_path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in log).encode()))
-
-    def save(step):
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= dict(step=step, kept=kept, seconds=spent + time.time() - start)
-        write(path, lambda file: torch.save(state, file))
-
-    stop = []  # the first Ctrl-C or SIGTERM only asks: the step in hand is completed, then saved
-    before = [signal.signal(which, lambda *_: stop.append(True)) for which in (signal.SIGINT, signal.SIGTERM)]
+    log, bf16, cuda = [row for row in read_log(out) if row["stage"] != stage or row["step"] <= first], use_bf16(c, device), device.type == "cuda"
+    if RANK == 0:
+        write(log_path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in log).encode()))
+    print(f"{stage}: {sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M parameters, {'bf16' if bf16 else 'float32'} on "
+          f"{WORLD} x {device.type}", file=sys.stderr)
+    asked = []  # the first Ctrl-C or SIGTERM only asks: the step in hand is completed, then saved
+    before = [signal.signal(which, lambda *_: asked.append(True)) for which in (signal.SIGINT, signal.SIGTERM)]
     progress, healthy = Progress(f"{stage} step", steps, first), torch.ones((), dtype=torch.bool, device=device)
     try:
-        for step in range(first + 1, steps + 1):
-            torch.manual_seed(c.seed + 1_000_003 * step)  # every random choice depends on the step alone
-            losses, figures = update(step - 1)
-            healthy &= torch.isfinite(sum(v.detach() for v in losses.values()))
+        for step, item in enumerate(feed(first), first):
+            for name, peak in peaks.items():
+                parts[name].param_groups[0]["lr"] = learning_rate(step, steps, peak, *schedule)
+                parts[name].zero_grad()
+            losses = {}
+            for k, tensors in enumerate(zip(*(x.chunk(c.accumulate) for x in item))):
+                torch.manual_seed(c.seed + 1_000_003 * (step + 1))  # every random choice depends on the step alone
+                with net.no_sync() if WORLD > 1 and k + 1 < c.accumulate else contextlib.nullcontext():  # average gradients once
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        loss, terms = loss_of(step, RANK * c.accumulate + k, *tensors)
+                    (loss / c.accumulate).backward()
+                losses |= {name: losses.get(name, 0) + term.detach() / c.accumulate for name, term in terms.items()}
+            losses["norm"] = torch.nn.utils.clip_grad_norm_(parts["model"].parameters(), c.clip or torch.inf)
+            for name in peaks:
+                parts[name].step()
+            step, figures = step + 1, after(step)
+            healthy &= torch.isfinite(sum(losses.values()))
+            stop = average(torch.tensor(float(len(asked)))) > 0  # all processes stop after the same step
             if step % LOG_EVERY == 0 or step == steps or stop:
                 if not healthy:
                     raise BadInput(f"a loss became NaN or infinite by step {step}; {path.name} keeps the last good state, if any: lower the learning rate")
-                row = {"stage": stage, "step": step, **{k: v.item() for k, v in losses.items()}, **figures()}
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                row = {"stage": stage, "step": step, **dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), **figures()}
                 progress(step, " ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("stage", "step", "norm"))
-                         + f" {(step - first) * batch / (time.time() - start):.0f} images/s")
-            if step % c.save_every == 0 and healthy or step == steps or stop:
-                save(step)
+                         + f" {(step - first) * batch / (time.time() - start):.3g} images/s")
+                if RANK == 0:
+                    with open(log_path, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+            if RANK == 0 and (step % c.save_every == 0 and healthy or step == steps or stop):
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= dict(step=step, kept=kept, seconds=spent + time.time() - start)
+                write(path, lambda file: torch.save(state, file))
             if stop and step < steps:
                 print(f"\nstopped after step {step}: continue with --resume --out {out}", file=sys.stderr)
                 raise KeyboardInterrupt
     finally:
         for which, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(which, handler)
-    return kept, spent + time.time() - start
+    seconds, peak = spent + time.time() - start, torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kept, {"seconds": round(seconds, 1), "images_per_second": round(steps * batch / seconds, 2), "peak_memory_gb": round(peak / 2**30, 2)}
 
 # ---------------------------------------------------------------------------------------------------------- the tokenizer
 
 def train_tokenizer(c, out, data, teacher, perceptual, device):
-    """Eq. (13), start to end. -> the model, its codebook's histogram before training, seconds."""
+    """Eq. (13), start to end. -> the model, its codebook's histogram before training, train_steps' figures."""
     torch.manual_seed(c.seed)
-    model, bf16 = GloTok(c).to(device, memory_format=torch.channels_last).train(), use_bf16(c, device)
-    adam, peaks = functools.partial(torch.optim.Adam, betas=(c.beta1, c.beta2), fused=True), {"optimizer": c.lr, "critic_optimizer": c.disc_lr}
-    parts = {"model": model, "optimizer": adam(model.parameters())}
+    model, critic = GloTok(c).to(device, memory_format=torch.channels_last).train(), discriminator(c).to(device)
+    adam, n = functools.partial(torch.optim.Adam, betas=(c.beta1, c.beta2), fused=True), len(data.train)
+    parts, peaks = {"model": model, "optimizer": adam(model.parameters())}, {"optimizer": c.lr}
     if c.lambda_adv:
-        critic = discriminator(c).to(device)
         parts |= {"critic": critic, "critic_optimizer": adam(critic.parameters())}
+        peaks["critic_optimizer"] = c.disc_lr
     histogram, before = teacher["histogram"].to(device), relation_histogram(model.codebook_sem).detach()
-    print(f"tokenizer: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {c.grid}x{c.grid} tokens, "
-          f"{'bf16' if bf16 else 'float32'} on {device.type}", file=sys.stderr)
+    compile_all(c, device, model.encoder, model.decoder, critic)
+    net, judge, pairs = wrap(model), wrap(critic), []
 
-    def update(step):
-        for name in parts.keys() & peaks.keys():
-            parts[name].param_groups[0]["lr"] = learning_rate(step, c.tokenizer_steps, peaks[name], c.warmup, c.cooldown)
-        x = to_float(data.train[batch_indices(len(data.train), c.batch_size, step, c.seed)], device, c.flip)
-        adversarial = c.lambda_adv and step >= c.adv_start
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            recon, losses = model(x)
-            losses["recon"] = F.mse_loss(recon, x)  # (2)
-            loss = c.lambda_recon * losses["recon"] + c.lambda_quantize * losses["quantize"] + c.lambda_res * losses["residual"]  # (3), (13)
-            if c.lambda_hist:
-                losses["hist"] = histogram_relation_loss(model.codebook_sem, histogram)
-                loss = loss + c.lambda_hist * losses["hist"]
-            if perceptual:
-                losses["perceptual"] = perceptual(recon, x).mean()
-                loss = loss + c.lambda_perceptual * losses["perceptual"]
-            if adversarial:  # the pictures were fine without it: let its weight grow from 0
-                losses["adv"] = -critic(recon).mean()
-                weight = c.lambda_adv * min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
-                if c.adv_adaptive:
-                    pixels = c.lambda_recon * losses["recon"] + c.lambda_perceptual * losses.get("perceptual", 0)
-                    weight = weight * adaptive_weight(pixels, losses["adv"], model.decoder[-2].weight)
-                loss = loss + weight * losses["adv"]
-        parts["optimizer"].zero_grad()
-        loss.backward()
-        losses["norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
-        parts["optimizer"].step()
-        if adversarial:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses["critic"] = hinge_loss(critic(x), critic(recon.detach()))
-            parts["critic_optimizer"].zero_grad()
-            losses["critic"].backward()
-            parts["critic_optimizer"].step()
-        quantizers = {"sem": model.quantizer_sem, "vis": model.quantizer_vis}
-        used = {f"usage_{name}": (q.hits > 0).float().mean() for name, q in quantizers.items()}  # since the last revival
+    def feed(first):
+        index = (batch_indices(n, c.batch_size, step, c.seed).chunk(WORLD)[RANK] for step in range(first, c.tokenizer_steps))
+        return zip(stream(data.train, index, device, c.image_size))
+
+    def loss_of(step, part, images):
+        mirror = torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2
+        x = to_float(images, device, mirror.chunk(WORLD * c.accumulate)[part])
+        recon, losses = net(x)
+        losses["recon"] = F.mse_loss(recon, x)  # (2)
+        loss = c.lambda_recon * losses["recon"] + c.lambda_quantize * losses["quantize"] + c.lambda_res * losses["residual"]  # (3), (13)
+        if c.lambda_hist and part % c.accumulate == 0:  # of the codebook, not of images: a process's first part pays for all
+            losses["hist"] = c.accumulate * histogram_relation_loss(model.codebook_sem, histogram)
+            loss = loss + c.lambda_hist * losses["hist"]
+        if perceptual:
+            losses["perceptual"] = perceptual(recon, x).mean()
+            loss = loss + c.lambda_perceptual * losses["perceptual"]
+        if c.lambda_adv and step >= c.adv_start:  # the pictures were fine without it: let its weight grow from 0
+            losses["adv"] = -critic.requires_grad_(False)(recon).mean()
+            weight = c.lambda_adv * min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
+            if c.adv_adaptive:
+                pixels = c.lambda_recon * losses["recon"] + c.lambda_perceptual * losses.get("perceptual", 0)
+                weight = weight * adaptive_weight(pixels, losses["adv"], model.decoder[-2].weight)
+            critic.requires_grad_(True)
+            losses["critic"] = hinge_loss(judge(x), judge(recon.detach()))  # moves the critic alone, as "adv" moves the tokenizer alone
+            loss = loss + weight * losses["adv"] + losses["critic"]
+        pairs.append((to_uint8(x), to_uint8(recon)))
+        return loss, losses
+
+    def after(step):
+        seen = [*map(torch.cat, zip(*pairs))]
+        pairs.clear()
+        quantizers = {"usage_sem": model.quantizer_sem, "usage_vis": model.quantizer_vis}
+        hits = {name: q.hits.clone() for name, q in quantizers.items()}  # since the last revival
         if (step + 1) % (c.revive_every or LOG_EVERY) == 0:
             for q in quantizers.values():
                 q.revive() if c.revive_every and step < 0.9 * c.tokenizer_steps else q.hits.zero_()  # the last tenth settles
-        return losses, lambda: {"psnr": psnr(to_uint8(x), to_uint8(recon)).mean().item(), **{k: v.item() for k, v in used.items()}}
+        return lambda: {"psnr": average(psnr(*seen).mean()).item(), **{name: (average(h) > 0).float().mean().item() for name, h in hits.items()}}
 
-    before, seconds = train_steps("tokenizer", out, parts, c.tokenizer_steps, c.batch_size, c, update, before, device)
-    return model.eval(), before, seconds
+    before, figures = train_steps("tokenizer", c, out, parts, peaks, (c.warmup, c.cooldown), c.tokenizer_steps, c.batch_size, net, feed, loss_of, after,
+                                  before, device)
+    return model.eval(), before, figures
 
 # ---------------------------------------------------------------------------------------------------------- the generator
 
 def train_generator(c, out, data, model, device):
-    """xAR on the latents of the training images. -> its moving average, the latents' deviation, seconds."""
+    """xAR on the latents of the training images. -> its moving average, the latents' deviation, train_steps' figures."""
     torch.manual_seed(c.seed)
-    generator, bf16 = XAR(c).to(device).train(), use_bf16(c, device)
+    generator = XAR(c).to(device).train()
     optimizer = torch.optim.AdamW(generator.parameters(), c.gen_lr, (0.9, 0.96), weight_decay=c.gen_decay, fused=True)
-    average = copy.deepcopy(generator).requires_grad_(False)
-    indices = encode_all(model, data.train, device)
-    scale = model.to_latents(*indices[:1000].to(device).unbind(1)).std().item()
-    print(f"generator: {sum(p.numel() for p in generator.parameters()) / 1e6:.2f} M parameters, {generator.side**2} cells of {generator.tokens} "
-          f"tokens, latent deviation {scale:.3f}", file=sys.stderr)
+    mean, indices, labels = copy.deepcopy(generator).requires_grad_(False), encode_together(model, data.train, device), data.train_labels.to(device)
+    scale = model.to_latents(*indices[:1000].unbind(1)).std().item()
+    compile_all(c, device, *generator.blocks)
+    net = wrap(generator)
 
-    def update(step):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, c.generator_steps, c.gen_lr, c.gen_warmup, c.gen_cooldown)
-        i = batch_indices(len(indices), c.gen_batch, step, c.seed)
+    def feed(first):
+        for step in range(first, c.generator_steps):
+            i = batch_indices(len(indices), c.gen_batch, step, c.seed).chunk(WORLD)[RANK]
+            yield indices[i], labels[i]
+
+    def loss_of(step, part, index, label):
         with torch.no_grad():
-            latents = model.to_latents(*indices[i].to(device).unbind(1)) / scale
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = generator.loss(latents, data.train_labels[i].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(generator.parameters(), c.clip or math.inf)
-        optimizer.step()
-        decay = min(c.ema, (1 + step) / (10 + step))  # young averages forget faster
-        torch._foreach_lerp_(list(average.parameters()), list(generator.parameters()), 1 - decay)
-        return {"flow": loss, "norm": norm}, dict
+            latents = model.to_latents(*index.unbind(1)) / scale
+        loss = net(latents, label, part, WORLD * c.accumulate)
+        return loss, {"flow": loss}
 
-    parts = {"model": generator, "ema": average, "optimizer": optimizer}
-    scale, seconds = train_steps("generator", out, parts, c.generator_steps, c.gen_batch, c, update, scale, device)
-    return average.eval(), scale, seconds
+    def after(step):
+        decay = min(c.ema, (1 + step) / (10 + step))  # young averages forget faster
+        torch._foreach_lerp_(list(mean.parameters()), list(generator.parameters()), 1 - decay)
+        return dict
+
+    scale, figures = train_steps("generator", c, out, {"model": generator, "ema": mean, "optimizer": optimizer}, {"optimizer": c.gen_lr},
+                                 (c.gen_warmup, c.gen_cooldown), c.generator_steps, c.gen_batch, net, feed, loss_of, after, scale, device)
+    return mean.eval(), scale, figures
 
 # ------------------------------------------------------------------------------------------------- figures and pictures
 
@@ -301,15 +298,16 @@ def load_judge(teacher, device):
     return lambda images: torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in images.split(100)])
 
 @torch.no_grad()
-def report_tokenizer(c, out, data, teacher, model, before, seconds, device):
+def report_tokenizer(c, out, data, teacher, model, before, figures, device):
     """Held-out figures, and three pictures in the run folder."""
-    held, judge = data.held[spread(len(data.held), c.eval_images)], load_judge(teacher, device)
-    indices = encode_all(model, held, device)
+    at, judge = spread(len(data.held), c.eval_images), load_judge(teacher, device)
+    held = torch.cat([*stream(data.held, at.split(100), torch.device("cpu"), c.image_size)])
+    indices = encode_all(model, held, torch.arange(len(held)), device)
     recon = decode_all(model, indices, device)
     usage = [len(index.unique()) / len(codes) for index, codes in zip(indices.unbind(1), (model.codebook_sem, model.codebook_vis))]
     after, bins = relation_histogram(model.codebook_sem).cpu(), torch.linspace(-1, 1, c.bins)
     metrics = {"psnr": psnr(held, recon).mean().item(), "usage_sem": usage[0], "usage_vis": usage[1],
-               "hist_kl": kl_divergence(teacher["histogram"], after).item(), "seconds": round(seconds, 1), "images": len(held),
+               "hist_kl": kl_divergence(teacher["histogram"], after).item(), **figures, "images": len(held), "processes": WORLD,
                "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"}
     if (fid := fid_of(held, recon, device)) is not None:
         metrics["rfid"] = fid
@@ -319,16 +317,17 @@ def report_tokenizer(c, out, data, teacher, model, before, seconds, device):
     plot(out / "histogram.png", [(f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3f}", "cosine similarity", [
         (f"teacher ({Path(c.teacher).name})", bins, teacher["histogram"]), ("codebook after", bins, after), ("codebook before", bins, before.cpu()),
         (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins))], "line")])
+    write_json(out / "metrics.json", metrics)
     return metrics
 
-def report_generator(c, out, data, teacher, model, generator, scale, seconds, device, each=16):
+def report_generator(c, out, data, teacher, model, generator, scale, figures, device, each=16):
     """samples.png, one row a class, and how often the convnet teacher sees the class that was asked for."""
     shown, judge = min(len(data.classes), 10), load_judge(teacher, device)
     labels = torch.arange(shown, device=device).repeat_interleave(each)
     images = torch.cat(list(generate(model, generator, scale, labels, c.sampling_steps, c.guidance, c.seed)))
     grid(out / "samples.png", [(data.classes[k], images[k * each:][:12]) for k in range(shown)], f"generated, guidance {c.guidance:g}")
     accuracy = {"samples_class_accuracy": (judge(images) == labels.cpu()).float().mean().item()} if judge else {}
-    return {"generator_seconds": round(seconds, 1), **accuracy}
+    return {**{f"generator_{k}": v for k, v in figures.items()}, **accuracy}
 
 def read_log(out):
     path = out / "log.jsonl"
@@ -351,38 +350,51 @@ def draw_curves(out):
 
 def main():
     args, c = parse()
-    device, out, begin = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.out, time.time()
-    if args.stage == "generator" and not (out / "tokenizer.pt").exists():
-        raise BadInput(f"{out} has no tokenizer yet: train it first, with --stage tokenizer")
-    data = load_data(c.data, c.image_size, c.seed)
-    c = replace(c, classes=len(data.classes))
-    print(f"data: {len(data.train)} training and {len(data.held)} held-out images, {c.classes} classes", file=sys.stderr)
-    perceptual = load_lpips(device) if c.lambda_perceptual and args.stage != "generator" else None
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if c.batch_size % (WORLD * c.accumulate) or c.gen_batch % (WORLD * c.accumulate):
+        raise BadInput(f"batch_size {c.batch_size} and gen_batch {c.gen_batch} must be multiples of {WORLD} process(es) times accumulate, {c.accumulate}")
+    if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
+        raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, where glotok.exact does not forbid it
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):  # process 0 speaks for all; errors leave this block
+        work(args, c, args.out, device)
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+def work(args, c, out, device):
+    begin, data = time.time(), load_data(c.data, c.image_size, c.seed)
+    c, small = replace(c, classes=len(data.classes)), torch.is_tensor(data.train)
+    data = data._replace(train=data.train.to(device) if small else data.train)
+    print(f"data: {len(data.train)} training and {len(data.held)} held-out images, {c.classes} classes, training images "
+          f"{f'in memory ({device.type})' if small else 'decoded when they are needed, by worker processes'}", file=sys.stderr)
     torch.manual_seed(c.seed)
-    cached = args.resume and (out / "teacher.pt").exists()
-    teacher = load_checkpoint(out / "teacher.pt") if cached else make_teacher(c, data, device)
-    write_json(out / "config.json", {"preset": args.preset, **asdict(c)})
-    if not cached:
-        write(out / "teacher.pt", lambda file: torch.save({**teacher, "made_by": asdict(c)}, file))
+    perceptual = load_lpips(device) if c.lambda_perceptual else None  # what may fail for want of a file comes before anything is written
+    if RANK == 0:
+        teacher = None if args.resume and (out / "teacher.pt").exists() else make_teacher(c, data, device)
+        write_json(out / "config.json", {"preset": args.preset, **asdict(c)})
+        if teacher:
+            write(out / "teacher.pt", lambda file: torch.save({**teacher, "made_by": asdict(c)}, file))
+    if WORLD > 1:
+        dist.barrier()  # the others wait for the teacher
+    teacher = load_checkpoint(out / "teacher.pt")
     (mean, square), bound = teacher["moments"], 1 / c.code_dim
     print(f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {square:.3f}; a codebook of dimension {c.code_dim} has at "
           f"least {bound:.3f}{'' if square >= bound else ', so the KL cannot reach 0'}", file=sys.stderr)
-    if args.stage != "generator":
-        model, before, seconds = train_tokenizer(c, out, data, teacher, perceptual, device)
-        metrics = report_tokenizer(c, out, data, teacher, model, before, seconds, device)
-        write_json(out / "metrics.json", metrics)
-    else:
-        model, path = GloTok(c).to(device).eval(), out / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.exists() else {}
-        if (done := restore(out / "tokenizer.pt", {"model": model}, device)["step"]) < c.tokenizer_steps:
-            raise BadInput(f"the tokenizer in {out} stopped at step {done} of {c.tokenizer_steps}: finish it with --resume --stage tokenizer")
+    model, before, figures = train_tokenizer(c, out, data, teacher, perceptual, device)  # one that is complete is only read
+    metrics = report_tokenizer(c, out, data, teacher, model, before, figures, device) if RANK == 0 else {}
     if args.stage != "tokenizer":
-        generator, scale, seconds = train_generator(c, out, data, model, device)
-        metrics |= report_generator(c, out, data, teacher, model, generator, scale, seconds, device)
+        generator, scale, figures = train_generator(c, out, data, model, device)
+        metrics |= report_generator(c, out, data, teacher, model, generator, scale, figures, device) if RANK == 0 else {}
+    if RANK == 0:
         write_json(out / "metrics.json", metrics)
-    draw_curves(out)
-    figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-    print(f"{out}: {figures}; {time.time() - begin:.0f} s in all")
+        draw_curves(out)
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        print(f"{out}: {shown}; {time.time() - begin:.0f} s in all")
 
 if __name__ == "__main__":
     run(main)

@@ -25,7 +25,6 @@ from PIL import Image, ImageOps
 from glotok import SHAPES, BadInput, Parser, Progress, draw_shapes, psnr, read_arrays, restore, run
 
 # ------------------------------------------------------------------------------------------------- files written and downloaded
-
 def write(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: the file is complete or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -65,7 +64,6 @@ def fetch(name, folder=None, download=True):
     return path
 
 # --------------------------------------------------------------------------------------------------------------- data sets
-
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, if torchrun started them
 Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W) or files, int64 (N,), twice; the classes' names
 

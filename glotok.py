@@ -9,9 +9,8 @@ pre-trained model. A one-block transformer predicts what quantization threw away
     image --encoder--> Z --adapters--> Z_sem, Z_vis --quantizers--> Zhat_sem, Zhat_vis --residual modules--> + --decoder--> image
                                        codebook C_sem follows the teacher's histogram (eq. 7); C_vis is free
 
-Read in this order: configuration, quantizer (1), histogram relation loss (4)-(7), residual module (8)-(12), the tokenizer, its losses
-(2), (3), (13), the generator. Borrowed networks, k-means and t-SNE come last. Equation numbers are the paper's. "Paper silent" marks what
-it leaves open and we chose. The scripts beside this file: train.py trains, sample.py makes pictures, fid.py reads data and measures.
+The paper's own ideas come first, in its order and with its equation numbers; borrowed networks, k-means and t-SNE last. "Paper silent" marks
+what it leaves open and we chose. Beside this file train.py trains, sample.py makes pictures, fid.py reads data and measures.
 """
 import argparse
 import contextlib
@@ -37,7 +36,6 @@ class BadInput(ValueError):
     """What the user gave cannot be used. The scripts print its one line and exit with status 2."""
 
 # ------------------------------------------------------------------------------------------------------- configuration
-
 def setting(default, help, low=0, high=1e9):
     """A field of Config: its default, one line of help for the command line, and its permitted range (numbers only)."""
     return field(default=default, metadata=dict(help=help, low=low, high=high))
@@ -69,6 +67,8 @@ class Config:
     lambda_adv: float = setting(0.0, "weight of L_G, the adversarial loss")
     lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
     lambda_hist: float = setting(0.01, "weight of L_hist, eq. (7)")
+    semantic: str = setting("global", "global: L_hist; local: the rival, a head on Zhat_sem imitates the teacher network image by image; none")
+    lambda_local: float = setting(0.5, "weight of the local loss, 1 - cosine (FQGAN's weight)")
     bins: int = setting(40, "bins N of the similarity histogram", 2, 4096)
     adv_start: int = setting(20000, "step at which the discriminator enters")
     adv_ramp: int = setting(2000, "steps over which lambda_adv then grows to its full value")
@@ -76,7 +76,8 @@ class Config:
     disc_channels: int = setting(64, "channels of the discriminator's first layer", 1, 4096)
     disc_layers: int = setting(3, "strided layers of the discriminator (3: a 70x70 patch)", 1, 8)
     disc_lr: float = setting(5e-4, "learning rate of the discriminator's Adam", 0, 1)
-    # the generator, xAR on the combined latents
+    # the generator
+    generator: str = setting("xar", "xar, on the combined latents, or the rival far, on indices")
     classes: int = setting(6, "number of classes (train.py counts them in the data)", 1, 10**6)
     cell: int = setting(4, "tokens in each direction of a cell, xAR's unit of generation", 1, 1024)
     gen_width: int = setting(96, "width of xAR", 8, 8192)
@@ -86,7 +87,8 @@ class Config:
     latent_residual: int = setting(0, "1: xAR learns the latents after eqs. (11), (12); 0: the code vectors before", 0, 1)
     snap: int = setting(0, "1: move each generated vector to the nearest code (latent_residual 0 only)", 0, 1)
     stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
-    guidance: float = setting(5.0, "classifier-free guidance of the last cell; 1 is none", 0, 100)
+    top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
+    guidance: float = setting(5.0, "classifier-free guidance (xar: of the last cell); 1 is none", 0, 100)
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
     generator_steps: int = setting(3000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
@@ -118,16 +120,18 @@ class Config:
             for v in value if isinstance(value, tuple) else [value]:
                 if not isinstance(v, str) and not low <= v <= high:  # NaN fails every comparison
                     raise BadInput(f"{f.name} is {v}: it must lie in [{low:g}, {high:g}]")
-        if not self.channel_mult or self.image_size % self.factor:
-            raise BadInput(f"image_size is {self.image_size}: {len(self.channel_mult)} levels of patch {self.patch} need a multiple of {self.factor}")
-        if self.width % self.heads:
-            raise BadInput(f"width is {self.width}: it must be a multiple of heads, {self.heads}")
-        if self.grid % self.cell:
-            raise BadInput(f"cell is {self.cell}: it must divide the grid of {self.grid} tokens")
-        if self.gen_width % (4 * self.gen_heads):
-            raise BadInput(f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, {4 * self.gen_heads}, for 2-D rotary positions")
-        if self.precision not in ("auto", "bf16", "float32"):
-            raise BadInput(f"precision is {self.precision!r}: it must be auto, bf16 or float32")
+        for wrong, said in (
+                (not self.channel_mult or self.image_size % self.factor,
+                 f"image_size is {self.image_size}: {len(self.channel_mult)} levels of patch {self.patch} need a multiple of {self.factor}"),
+                (self.width % self.heads, f"width is {self.width}: it must be a multiple of heads, {self.heads}"),
+                (self.grid % self.cell, f"cell is {self.cell}: it must divide the grid of {self.grid} tokens"),
+                (self.gen_width % (4 * self.gen_heads), f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, for 2-D rotary positions"),
+                (self.semantic not in ("global", "local", "none") or self.generator not in ("xar", "far"),
+                 f"semantic is {self.semantic!r}, one of global, local, none; generator is {self.generator!r}, one of xar, far"),
+                (self.semantic == "local" and self.teacher not in ("convnet", "dinov2"), "semantic local imitates a network: --teacher convnet or dinov2"),
+                (self.precision not in ("auto", "bf16", "float32"), f"precision is {self.precision!r}: it must be auto, bf16 or float32")):
+            if wrong:
+                raise BadInput(said)
     factor = property(lambda self: self.patch * 2 ** (len(self.channel_mult) - 1))  # pixels a token covers in each direction
     grid = property(lambda self: self.image_size // self.factor)  # tokens in each direction
 
@@ -144,8 +148,7 @@ PRESETS = {
         res_blocks=2, z_channels=256, adapter_layers=6, width=512, heads=8, codes_sem=4096, codes_vis=12288,
         lambda_quantize=1.0, lambda_perceptual=1.0, lambda_adv=0.5, tokenizer_steps=800730, batch_size=240, lr=2e-4, disc_lr=2e-4, warmup=0, cooldown=0.0,
         eval_images=50000, save_every=2000,  # 150 epochs of 1,281,167 images are 800,730 steps of 240
-        # xAR-B as published: 800 epochs of batch 2048, 100 of them warm-up, the last 200 cool-down; lr 5e-5 x 2048 / 256.
-        # xAR-H: --gen_width 1280 --gen_layers 40 --gen_heads 16
+        # xAR-B as published: 800 epochs, 100 of warm-up, the last 200 cool-down; lr 5e-5 x 2048 / 256. H: width 1280, 40 layers, 16 heads
         classes=1000, cell=8, gen_width=768, gen_layers=16, gen_heads=12, generator_steps=500456, gen_batch=2048, gen_lr=4e-4,
         gen_warmup=62557, gen_cooldown=0.25, ema=0.9999, stochastic=1, guidance=2.7, sampling_steps=50),
 }
@@ -238,7 +241,6 @@ ALPHA = ((40 - 1) / 2) ** 2  # 380.25 = 1 / w^2 at the paper's N = 40 bins
 
 def bin_centres(bins, like):
     return torch.linspace(-1, 1, bins, dtype=like.dtype, device=like.device)  # (5)
-
 def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
     """Eqs. (4)-(6) as printed: codes (n, d) float -> (bins,), sum 1. The reference; memory M * bins (21 GB at n = 16,384)."""
     t = F.normalize(codes, dim=1)
@@ -249,59 +251,51 @@ def relation_histogram_direct(codes, bins=40, alpha=ALPHA):
 
 # The same in a hundredth of the time. All M similarities act through N numbers, and each is acted upon by one scalar:
 #     dL/dD = sum_k (dL/dp_k) f_k'(D) = g(D),     f_k(D) = exp(-alpha (D - B_k)^2),
-# a force that depends on D alone. So neither direction needs N exponentials a pair. Forward: count the similarities in
-# FINE cells of [-1, 1], then p_k = sum over cells of count * f_k. Backward: tabulate g and let every pair look its force up;
-# D_ij = t_i . t_j moves t_i along t_j and t_j along t_i, so dL/dt_i = sum_j g(D_ij) t_j, a matrix product. Both run over
-# tiles of the upper triangle and keep nothing between them.
-#
-# Accuracy: f_k is evaluated on the COARSE grid (spacing h = 2^-11) and is linear in between: an error below
-# h^2 / 8 * 2 alpha = 2.3e-5 of its peak. Moving D to the nearest of the FINE cells costs at most
-# 2^-18 * max |f'| = 2^-18 * sqrt(2 alpha / e) = 6.4e-5, and far less on average, as signs cancel.
-COARSE, FINE, TILE = 2**12, 2**18, 2**20
+# a force that depends on D alone. So neither direction needs N exponentials a pair. f_k and f_k' are tabulated once at FINE + 1 points of
+# [-1, 1]. Forward: count the similarities nearest to each point, then p_k = sum over points of count * f_k. Backward: tabulate g and let
+# every pair look its force up; D_ij = t_i . t_j moves t_i along t_j and t_j along t_i, so dL/dt_i = sum_j g(D_ij) t_j, a matrix product.
+# Both run over tiles of the upper triangle and keep nothing between them. Moving D to the nearest point, by 1 / FINE at most, costs at
+# most max |f'| / FINE = sqrt(2 alpha / e) / FINE = 1.3e-4 of a similarity's own weight, and far less in a sum of many, as signs cancel.
+FINE, TILE = 2**17, 2**20
+
+@functools.lru_cache(4)
+def tables(bins, alpha, device):
+    """f_k and f_k' of all bins at the FINE + 1 points, (bins, FINE + 1) each."""
+    points = torch.linspace(-1, 1, FINE + 1, device=device)
+    offset = points - bin_centres(bins, points)[:, None]
+    f = torch.exp(-alpha * offset**2)
+    return f, -2 * alpha * offset * f
 
 def similarity_tiles(t):
-    """Unit vectors t (n, d) -> for each band of rows: its first and last row, and the cells (rows, n - first) of its
-    similarities with all vectors from the band's first on (the upper triangle, and the band's square twice)."""
+    """Unit vectors t (n, d) -> for each band of rows: its first and last row, and the points (rows, n - first) nearest
+    to its similarities with all vectors from the band's first on (the upper triangle, and the band's square twice)."""
     rows = max(1, TILE // len(t))
     for a in range(0, len(t), rows):
-        # cell = round((D + 1) FINE / 2): one scaled product, 0.5 for rounding, then truncation
+        # point = round((D + 1) FINE / 2): one scaled product, 0.5 for rounding, then truncation
         yield a, min(a + rows, len(t)), torch.addmm(t.new_full((1,), FINE / 2 + 0.5), t[a:a + rows] * (FINE / 2), t[a:].T).int()
-
-def between(like):  # where the FINE cells lie between two COARSE points: 0, 1/64, .. 63/64
-    return torch.arange(FINE // COARSE, device=like.device) * (COARSE / FINE)
 
 class SmoothedHistogram(torch.autograd.Function):
     """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
     @staticmethod
     def forward(ctx, t, bins, alpha):
-        offset = torch.linspace(-1, 1, COARSE + 1, device=t.device) - bin_centres(bins, t)[:, None]  # (bins, COARSE + 1)
-        f = torch.exp(-alpha * offset**2)
-        ctx.save_for_backward(t, offset, f)
-        ctx.alpha = alpha
-        count = torch.zeros(FINE + 1, dtype=torch.int64, device=t.device)
-        squares = []
-        for a, b, cell in similarity_tiles(t.nan_to_num()):  # NaN is no index; the last line brings it back
-            count += torch.bincount(cell.flatten(), minlength=FINE + 1)
-            squares.append(cell[:, :b - a].flatten())
+        f, ctx.slope = tables(bins, alpha, t.device)
+        ctx.save_for_backward(t)
+        count, squares = torch.zeros(FINE + 1, dtype=torch.int64, device=t.device), []
+        for a, b, point in similarity_tiles(t.nan_to_num()):  # NaN is no index; the last line brings it back
+            count += torch.bincount(point.flatten(), minlength=FINE + 1)
+            squares.append(point[:, :b - a].flatten())
         # a band's square has i < j twice and i = j once: count all else double, then i = j is the only one short of 2
         count = 2 * count - torch.bincount(torch.cat(squares), minlength=FINE + 1)
         count[FINE] += len(t)
-        parts = count[:-1].view(COARSE, -1).float() / 2  # hand each cell's count to the coarse points around it, linearly
-        right = parts @ between(t)
-        coarse = F.pad(parts.sum(1) - right, (0, 1)) + F.pad(right, (1, 0))
-        coarse[-1] += count[-1] / 2
-        return f @ coarse + 0 * t.sum()
+        return f @ (count / 2) + 0 * t.sum()
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        t, offset, f = ctx.saved_tensors
+        (t,) = ctx.saved_tensors
         with exact(t.device):
-            coarse = -2 * ctx.alpha * (grad.float() @ (offset * f))  # g on the coarse grid, then linearly on the fine one
-            force = F.pad(torch.lerp(coarse[:-1, None], coarse[1:, None], between(t)).flatten(), (0, 1))
-            force[-1] = coarse[-1]
-            out = torch.zeros_like(t)
-            for a, b, cell in similarity_tiles(t.nan_to_num()):
-                g = force.index_select(0, cell.flatten()).view(cell.shape)
+            force, out = grad.float() @ ctx.slope, torch.zeros_like(t)
+            for a, b, point in similarity_tiles(t.nan_to_num()):
+                g = force.index_select(0, point.flatten()).view(point.shape)
                 out[a:b] += g @ t[a:]
                 out[b:] += g[:, b - a:].T @ t[a:b]
         return out, None, None  # i = j is left at half its gradient: radial, so the normalisation removes it
@@ -316,20 +310,17 @@ def relation_histogram(codes, bins=40, alpha=ALPHA):
 #     L_hist = sum_k P_t (log P_t - log P_s) = KL(P_t || P_s),                                                      (7)
 # so the student must cover every similarity that the teacher has; the other direction could ignore some. P_t is stopped.
 #
-# What can a codebook of dimension d imitate? The cosines' second moment is (1/n^2) ||T T'||_F^2 = (1/n^2) sum of squares of
-# the d eigenvalues of T'T, which sum to n, hence at least 1/d (the Welch bound): codes on a small sphere cannot all be
-# near-orthogonal. A teacher of mean squared cosine below 1/d (1/8 here) leaves a KL above zero whatever we do; train.py
-# prints both numbers. The mean cosine, |mean of T|^2, is free in [0, 1].
+# What can a codebook of dimension d imitate? The cosines' second moment is (1/n^2) ||T T'||_F^2 = (1/n^2) sum of squares of the d eigenvalues of T'T,
+# which sum to n, hence at least 1/d (the Welch bound): codes on a small sphere cannot all be near-orthogonal. A teacher of mean squared cosine below
+# 1/d (1/8 here) leaves a KL above zero whatever we do; train.py prints both numbers. The mean cosine, |mean of T|^2, is free in [0, 1].
 
 def kl_divergence(p, q):
     """KL(p || q) of two histograms (bins,); empty bins count as 1e-10."""
     p, q = p.clamp_min(1e-10), q.clamp_min(1e-10)
     return (p * (p.log() - q.log())).sum()
-
 def histogram_relation_loss(codes, teacher):
     """Eq. (7): student codes (n, d), teacher histogram (bins,) with sum 1 -> scalar, in nats."""
     return kl_divergence(teacher.detach(), relation_histogram(codes, len(teacher)))
-
 def cosine_moments(vectors):
     """Mean and mean square of all n^2 cosines of vectors (n, d), without forming them."""
     t = F.normalize(vectors.double(), dim=1)
@@ -337,7 +328,6 @@ def cosine_moments(vectors):
 
 def sphere_histogram(dim, bins=40, alpha=ALPHA):
     """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of `dim` >= 2 dimensions.
-
     The height of a uniform point has density (1 - x^2)^((dim - 3) / 2); with x = cos(theta) that is sin(theta)^(dim - 2)
     d(theta), smooth for every dim, and eq. (6) is its integral against each Gaussian (midpoint rule)."""
     theta = (torch.arange(4096, dtype=torch.float64) + 0.5) * math.pi / 4096
@@ -353,17 +343,14 @@ def sphere_histogram(dim, bins=40, alpha=ALPHA):
 #     L_res = ||sg[Z_sem] - Zhat_sem - Zres_sem|| + ||sg[Z_vis] - Zhat_vis - Zres_vis||                             (10)
 # and the decoder gets the sum, Zhat_vis + Zres_vis (11) and Zhat_sem + Zres_sem (12).
 #
-# In (10) Z is stopped and Zhat is not. Paper silent: whose gradient is that? If Zhat were the straight-through copy, the
-# encoder would be pushed along +(Z - Zhat - Zres), away from its own code: the opposite of commitment. So Zhat here, and
-# as the input of R, is the code vector itself: eq. (10) moves R and the codebook, never the encoder. Paper silent: squared
-# norms, averaged over elements, as in eq. (1).
+# In (10) Z is stopped and Zhat is not. Paper silent: whose gradient is that? If Zhat were the straight-through copy, the encoder would be pushed
+# along +(Z - Zhat - Zres), away from its own code: the opposite of commitment. So Zhat here, and as the input of R, is the code vector itself: eq.
+# (10) moves R and the codebook, never the encoder. Paper silent: squared norms, averaged over elements, as in eq. (1).
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, T, width) -> the same: attention, then SwiGLU of 2/3 * 4 width.
-
-    The generator uses it with more: a condition (B, cells, width) that scales, shifts and gates each cell (AdaLN, starting as
-    the identity); rotary positions (T, width / heads / 2); a mask (T, S); a cache, the list of earlier cells' keys and values,
-    to which this call's are appended if `keep`."""
+    """A pre-norm transformer block, (B, T, width) -> the same: attention, then SwiGLU of 2/3 * 4 width. For the generators also: a condition
+    (B, cells, width) that scales, shifts and gates each cell (AdaLN, starting as the identity); rotary positions (T, width / heads / 2); a
+    mask (T, S); a cache, the list of earlier keys and values, to which this call's are appended if `keep`."""
     def __init__(self, width, heads, conditional=False):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)
@@ -393,9 +380,8 @@ class Block(nn.Module):
         return (x + gate2 * self.mlp_out(F.silu(gate) * up)).view(B, T, W)
 
 class Transformer(nn.Module):
-    """Linear, learned positions, blocks, linear: tokens (B, T, d_in) -> (B, T, d_out). Adapters and residual modules.
-
-    Paper silent on how a block meets 8-d codes and where positions enter: projections to `width` and back, positions added."""
+    """Linear, learned positions, blocks, linear: tokens (B, T, d_in) -> (B, T, d_out). Adapters and residual modules. Paper silent
+    on how a block meets 8-d codes and where positions enter: projections to `width` and back, positions added."""
     def __init__(self, d_in, d_out, width, heads, layers, tokens):
         super().__init__()
         self.into, self.out = nn.Linear(d_in, width), nn.Linear(width, d_out)
@@ -406,7 +392,6 @@ class Transformer(nn.Module):
         return self.out(F.rms_norm(x, x.shape[-1:]))
 
 # ----------------------------------------------------------------------------------------------------- the tokenizer
-
 class GloTok(nn.Module):
     """The tokenizer of figure 2. Grids are (B, h, w) with h = w = config.grid; images float (B, 3, H, W) in [-1, 1]."""
     def __init__(self, config):
@@ -420,13 +405,14 @@ class GloTok(nn.Module):
             module = Transformer(c.code_dim, c.code_dim, c.width, c.heads, 1, tokens)
             nn.init.zeros_(module.out.weight), nn.init.zeros_(module.out.bias)  # starts by adding nothing
             return module
-
         self.encoder, self.decoder = encoder(c), decoder(c)
         self.adapter_sem, self.adapter_vis = adapter(), adapter()
         self.quantizer_sem = Quantizer(c.codes_sem, c.code_dim, c.beta)
         self.quantizer_vis = Quantizer(c.codes_vis, c.code_dim, c.beta)
         if c.lambda_res:
             self.residual_sem, self.residual_vis = residual(), residual()
+        if c.semantic == "local":
+            self.head = nn.Sequential(nn.Linear(c.code_dim, c.width), nn.SiLU(), nn.Linear(c.width, {"convnet": 64, "dinov2": 384}[c.teacher]))
     codebook_sem = property(lambda self: self.quantizer_sem.codebook)
     codebook_vis = property(lambda self: self.quantizer_vis.codebook)
     def features(self, x):
@@ -458,20 +444,23 @@ class GloTok(nn.Module):
             sem, vis = (F.embedding(q.look_up(F.normalize(z, dim=2)), q.codebook) for q, z in ((self.quantizer_sem, sem), (self.quantizer_vis, vis)))
         r_sem, r_vis = (0, 0) if self.config.latent_residual else self.residuals(sem, vis)
         return self.decode_latents(sem + r_sem, vis + r_vis)
-    def forward(self, x):
-        """Images -> reconstructions, {"quantize": L_Q (1), "residual": L_res (10)}, each summed over the two codebooks."""
+    def forward(self, x, target=None):
+        """Images -> reconstructions, {"quantize": L_Q (1), "residual": L_res (10)}, each summed over the two codebooks; with the features
+        (B, D, H, W) of a teacher network also "local", what FQGAN and VA-VAE do instead of eq. (7)."""
         f_sem, f_vis = self.features(x)
         z_sem, c_sem, _, quantize_sem = self.quantizer_sem(f_sem)
         z_vis, c_vis, _, quantize_vis = self.quantizer_vis(f_vis)
         r_sem, r_vis = self.residuals(c_sem, c_vis)
         residual = F.mse_loss(c_sem + r_sem, z_sem.detach()) + F.mse_loss(c_vis + r_vis, z_vis.detach())  # (10)
-        recon = self.decode_latents(straight_through(z_sem, c_sem) + r_sem, straight_through(z_vis, c_vis) + r_vis)  # (11), (12)
-        return recon, {"quantize": quantize_sem + quantize_vis, "residual": residual}
+        sem, vis, losses = straight_through(z_sem, c_sem), straight_through(z_vis, c_vis), {"quantize": quantize_sem + quantize_vis, "residual": residual}
+        if target is not None:
+            target = F.adaptive_avg_pool2d(target.float(), self.config.grid).flatten(2).transpose(1, 2)  # (B, T, D)
+            losses["local"] = 1 - F.cosine_similarity(self.head(sem).float(), target, dim=2).mean()
+        return self.decode_latents(sem + r_sem, vis + r_vis), losses  # (11), (12)
     def encode(self, x):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
         grid = (self.config.grid, self.config.grid)
-        return tuple(quantizer(f)[2].unflatten(1, grid) for quantizer, f in
-                     zip((self.quantizer_sem, self.quantizer_vis), self.features(x)))
+        return tuple(q(f)[2].unflatten(1, grid) for q, f in zip((self.quantizer_sem, self.quantizer_vis), self.features(x)))
     def decode(self, sem, vis):
         """Semantic and visual indices (B, h, w) -> images: what forward reconstructs from the same indices."""
         return self.decode_latents(*self.composite(sem, vis))
@@ -486,7 +475,6 @@ class GloTok(nn.Module):
 def hinge_loss(real, fake):
     """The discriminator's loss from its logits on real and reconstructed images -> scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
 def adaptive_weight(recon_loss, adv_loss, last_layer):
     """VQGAN: the factor for L_G that makes its gradient at the decoder's last layer as large as that of L_R and L_P."""
     of_recon, of_adv = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (recon_loss, adv_loss))
@@ -496,16 +484,13 @@ def to_float(images, device, mirror=None):
     """Images uint8 (B, 3, H, W) -> float in [-1, 1], those flipped where mirror, bool (B, 1, 1, 1), says so."""
     x = images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1
     return x if mirror is None else torch.where(mirror, x.flip(3), x)
-
 def to_uint8(x):
     """float in [-1, 1], clipped -> uint8, rounded."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-
 def psnr(x, y):
     """Peak signal-to-noise ratio of uint8 images (N, C, H, W), dB, each image's own: (N,). Equal images: 99."""
     mse = (x.float() - y.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse.clamp_min(255**2 / 10**9.9))
-
 def spread(n, k):
     """Up to k positions, evenly over range(n): folders come sorted by class."""
     return torch.arange(min(n, k)) * n // min(n, k)
@@ -513,12 +498,10 @@ def spread(n, k):
 @functools.lru_cache(2)
 def shuffle(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 def batch_indices(n, batch, step, seed):
     """The step's positions in an endless row of shuffles of range(n): a function of the step, so that a run can resume."""
     at = torch.arange(step * batch, (step + 1) * batch)
     return torch.cat([shuffle(n, seed + 7919 * epoch)[at[at // n == epoch] % n] for epoch in (at // n).unique().tolist()])
-
 def learning_rate(step, steps, peak, warmup, cooldown):
     """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0 over the last share `cooldown` of the steps."""
     late = max(0.0, 1 - (steps - step) / max(cooldown * steps, 1))
@@ -534,13 +517,12 @@ def compile_all(c, device, *nets):
         [net.compile(dynamic=False) for net in nets if c.compile]
 
 def use_bf16(c, device):
-    """bf16 autocast: as told, or where it is faster: GPUs that have it; CPUs that multiply it natively, if the network is wide (preset
-    shapes took 1.6 times as long with it; where it is emulated it is many times slower)."""
-    if c.precision == "auto" and device.type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    cpu = Path("/proc/cpuinfo")
-    native = cpu.exists() and any(f in cpu.read_text() for f in ("avx512_bf16", "amx_bf16"))
-    return c.precision == "bf16" or c.precision == "auto" and c.channels >= 64 and native
+    """bf16 autocast: as told, or where it is faster: GPUs that have it; wide networks on CPUs that multiply it natively (preset shapes took
+    1.6 times as long with it; where it is emulated it is many times slower)."""
+    cpu, flags = Path("/proc/cpuinfo"), ("avx512_bf16", "amx_bf16")
+    if c.precision != "auto" or device.type == "cuda":
+        return c.precision == "bf16" or c.precision == "auto" and torch.cuda.get_device_capability()[0] >= 8
+    return c.channels >= 64 and cpu.exists() and any(flag in cpu.read_text() for flag in flags)
 
 # ------------------------------------------------------------------------------- the generator: xAR (section 3.4)
 # Two indices a position, predicted one after the other, double the chances to err, and errors feed on errors. So the paper
@@ -565,6 +547,12 @@ def rotate(x, angles):
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=4).flatten(3).to(x.dtype)
 
+def positions(side):  # of a grid, row by row: (side * side, 2)
+    return torch.cartesian_prod(*2 * [torch.arange(side)]).float()
+def rotary_angles(at, width):
+    """Grid positions at (T, 2) -> angles (T, width / 2) for heads of `width`: half the pairs turn with y, half with x."""
+    return (at[:, :, None] * 10000 ** (-torch.arange(width // 4) / (width // 4))).flatten(1)
+
 class XAR(nn.Module):
     """The generator. Latents are (B, 2 * code_dim, h, w), h = w = config.grid, of about unit deviation; labels int64 (B,)."""
     def __init__(self, config):
@@ -580,11 +568,9 @@ class XAR(nn.Module):
         for module in (self.last, self.out):  # the first answer is 0, the mean velocity
             nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
         nn.init.normal_(self.label.weight, 0, 0.02)
-        at = self.cells(torch.stack(torch.meshgrid(torch.arange(c.grid), torch.arange(c.grid), indexing="ij"))[None].float())[0].flatten(0, 1)  # (T, 2)
-        quarter = c.gen_width // c.gen_heads // 4
-        angles = at[:, :, None] * 10000 ** (-torch.arange(quarter) / quarter)  # (T, 2, D / 4): half the pairs turn with y, half with x
+        at = self.cells(positions(c.grid).T.view(1, 2, c.grid, c.grid))[0].flatten(0, 1)  # (T, 2), cell by cell
         order = torch.arange(self.side**2).repeat_interleave(self.tokens)
-        self.register_buffer("angles", angles.flatten(1), persistent=False)
+        self.register_buffer("angles", rotary_angles(at, c.gen_width // c.gen_heads), persistent=False)
         self.register_buffer("mask", order[:, None] >= order[None, :], persistent=False)  # a cell sees itself and those before it
     def cells(self, z):
         """Grid (B, C, h, w) -> tokens (B, cells, cell * cell, C): cell by cell, row by row inside a cell."""
@@ -630,12 +616,10 @@ class XAR(nn.Module):
         for cell in range(self.side**2):
             strength = 1 + (guidance - 1) * cell / max(self.side**2 - 1, 1)
             z = torch.randn(B, 1, self.tokens, 2 * c.code_dim, device=device)
-
             def guided(z, t, keep=False):
                 v = self.velocity(z.repeat(2, 1, 1, 1), torch.full((2 * B, 1), t, device=device), both, cell, caches, keep)
                 with_label, without = v.chunk(2)
                 return without + strength * (with_label - without)
-
             for t, after in zip(times, times[1:]):
                 v = guided(z, t)
                 if c.stochastic and after > 0:
@@ -647,8 +631,55 @@ class XAR(nn.Module):
             done = torch.cat([done, z], dim=1)
         return self.grid(done)
 
+class FAR(nn.Module):
+    """The rival of table 2, FQGAN's: a causal transformer over the positions, row by row, and a head of four blocks that predicts a position's
+    two indices, (B, 2, h, w), one after the other, semantic first. Trained on true tokens, it samples from its own: the exposure bias above."""
+    def __init__(self, config):
+        super().__init__()
+        c, self.config, width, sizes = config, config, config.gen_width, (config.codes_sem, config.codes_vis)
+        self.codes, self.label = nn.ModuleList(nn.Embedding(n, width) for n in sizes), nn.Embedding(c.classes + 1, width)
+        self.into, self.out = nn.Linear(2 * width, width), nn.ModuleList(nn.Linear(width, n) for n in sizes)
+        self.position, self.order = (nn.Parameter(0.02 * torch.randn(n, width)) for n in (c.grid**2, 2))
+        self.blocks, self.head = (nn.ModuleList(Block(width, c.gen_heads) for _ in range(n)) for n in (c.gen_layers, 4))
+        self.register_buffer("angles", rotary_angles(positions(c.grid), width // c.gen_heads), persistent=False)
+        self.register_buffer("mask", torch.ones(c.grid**2, c.grid**2, dtype=torch.bool).tril(), persistent=False)
+    def context(self, labels, tokens, first=0, caches=None):
+        """Labels (B,), earlier tokens (B, T, 2) -> contexts (B, T + 1 - first, width) of positions `first` to T; caches hold those before."""
+        pairs = self.into(torch.cat([codes(i) for codes, i in zip(self.codes, tokens.unbind(2))], dim=2))
+        here = slice(first, tokens.shape[1] + 1)
+        x = torch.cat([self.label(labels)[:, None], pairs], dim=1)[:, here] + self.position[here]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None, self.angles[here], self.mask[here, :here.stop], caches[i] if caches else None, keep=True)
+        return x
+    def logits(self, context, *sem):
+        """Contexts (N, width) -> [semantic logits (N, codes_sem)]; and with the semantic indices (N,) also visual logits (N, codes_vis)."""
+        x = torch.stack([context, *(self.codes[0](i) for i in sem)], dim=1) + self.order[:1 + len(sem)]
+        for block in self.head:
+            x = block(x, mask=self.mask[:x.shape[1], :x.shape[1]])
+        return [out(y).float() for out, y in zip(self.out, F.rms_norm(x, x.shape[-1:]).unbind(1))]
+    def loss(self, indices, labels, part=0, parts=1):
+        """Mean cross-entropy of both kinds of indices, nats; parts as in XAR.loss."""
+        tokens = indices.flatten(2).transpose(1, 2).long()  # (B, T, 2)
+        hide = torch.rand(parts * len(labels), device=labels.device)[part * len(labels):][:len(labels)] < self.config.label_dropout
+        context = self.context(torch.where(hide, self.config.classes, labels), tokens[:, :-1])
+        true = tokens.flatten(0, 1).unbind(1)
+        return sum(F.cross_entropy(logits, index) for logits, index in zip(self.logits(context.flatten(0, 1), true[0]), true)) / 2
+    forward = loss
+    @torch.no_grad()
+    def sample(self, labels, steps=0, guidance=1.0):
+        """Labels (B,) -> indices int64 (B, 2, h, w), of the config's top_k likeliest. `steps` is XAR's. Chance: the global generator's."""
+        both, caches = torch.cat([labels, torch.full_like(labels, self.config.classes)]), [[] for _ in self.blocks]
+        tokens = both.new_empty(len(both), 0, 2)
+        for position in range(self.config.grid**2):
+            context, pair = self.context(both, tokens, position, caches)[:, -1], []
+            for size in (self.config.codes_sem, self.config.codes_vis):
+                with_label, without = self.logits(context, *pair)[-1].chunk(2)
+                best, index = (without + guidance * (with_label - without)).topk(min(self.config.top_k or size, size))
+                pair.append(index.gather(1, torch.multinomial(best.softmax(1), 1))[:, 0].repeat(2))
+            tokens = torch.cat([tokens, torch.stack(pair, dim=1)[:, None]], dim=1)
+        return tokens[:len(labels)].transpose(1, 2).unflatten(2, (self.config.grid, -1))
+GENERATORS = {"xar": XAR, "far": FAR}
 # ------------------------------------------------------------------- what the scripts share: talking to the user, reading files
-
 def run(main):
     """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
     try:
@@ -688,23 +719,19 @@ def read_arrays(path):
 
 def read_vectors(spec):
     """FILE or FILE:TENSOR -> float vectors (n, d), n >= 2: an .npy, .npz, or a checkpoint (.pt, .pth) with a 2-D tensor."""
-    spec, _, name = (spec, "", "") if Path(spec).exists() else spec.rpartition(":") if ":" in spec else (spec, "", "")
+    spec, _, name = (spec, "", "") if Path(spec).exists() or ":" not in spec else spec.rpartition(":")
     path = Path(spec)
     if not path.is_file():
         raise BadInput(f"no teacher {spec!r}: want convnet, dinov2, sphere, or a file of vectors (.npy, .npz, .pt, .pth)")
-    if path.suffix in (".npy", ".npz"):
-        found = {k: torch.from_numpy(v) for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
-    else:
-        found = dict(tensors_in(load_checkpoint(path)))
+    arrays = path.suffix in (".npy", ".npz")
+    found = {k: torch.from_numpy(v) for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"} if arrays else dict(tensors_in(load_checkpoint(path)))
     fits = [k for k, v in found.items() if v.dim() == 2 and len(v) > 1 and v.is_floating_point() and name in ("", k)]
     if len(fits) != 1:
         listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
         raise BadInput(f"{path} must hold one float array (n, d) of n > 1 vectors, or be given as {path}:NAME; it holds {listed[:500]}")
-    vectors = found[fits[0]].float()
-    if not vectors.isfinite().all() or not vectors.norm(dim=1).all():
+    if not (vectors := found[fits[0]].float()).isfinite().all() or not vectors.norm(dim=1).all():
         raise BadInput(f"{path}: {fits[0]} has vectors that are zero or not finite")
     return vectors
-
 def tensors_in(value, name=""):
     """All tensors in nested dictionaries, with dotted names."""
     if torch.is_tensor(value):
@@ -729,7 +756,6 @@ def load_checkpoint(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise BadInput(f"cannot read {path}: {(str(error) or 'damaged').splitlines()[0]}") from None
-
 def restore(path, parts, device="cpu"):
     """Load the states in a checkpoint into parts, {name: module or optimizer}, or {None: module} if the file is its state; -> the checkpoint."""
     saved = load_checkpoint(path, device)
@@ -741,23 +767,20 @@ def restore(path, parts, device="cpu"):
     return saved
 
 def load_run(folder, device, generator=False):
-    """What train.py left in `folder` -> the tokenizer; with `generator` also the generator (its moving average), and the deviation
-    that its latents were divided by."""
+    """What train.py left in `folder` -> the tokenizer; with `generator` also the generator (its average) and its latents' deviation."""
     model = GloTok(load_config(folder)[0]).to(device)
     restore(folder / "tokenizer.pt", {"model": model}, device)
     if not generator:
         return model.eval()
     if not (folder / "generator.pt").exists():
         raise BadInput(f"{folder} has no generator yet: python train.py --stage generator --resume --out {folder}")
-    average = XAR(model.config).to(device)
+    average = GENERATORS[model.config.generator](model.config).to(device)
     scale = restore(folder / "generator.pt", {"ema": average}, device)["kept"]
     return model.eval(), average.eval(), scale
 
 # ----------------------------------------------------------------------- appendix: VQGAN's encoder and decoder
-
 def conv(c_in, c_out, kernel=3, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
-
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
@@ -765,8 +788,7 @@ class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), (B, c_in, H, W) -> (B, c_out, H, W)."""
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.body = nn.Sequential(group_norm(c_in), nn.SiLU(), conv(c_in, c_out),
-                                  group_norm(c_out), nn.SiLU(), conv(c_out, c_out))
+        self.body = nn.Sequential(group_norm(c_in), nn.SiLU(), conv(c_in, c_out), group_norm(c_out), nn.SiLU(), conv(c_out, c_out))
         self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
     def forward(self, x):
         return self.skip(x) + self.body(x)
@@ -779,18 +801,15 @@ class SpatialAttention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, H * W, c)
         return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
-
 def downsample(channels):
     """Halve (B, c, H, W). The pad is right and bottom alone, (0, 1, 0, 1): with stride 2 a symmetric one shifts the grid."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(channels, channels, stride=2))
 
 def middle(channels):
     return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
-
 def level(c_in, c_out, blocks, lowest):
     """The residual blocks of one resolution; at the lowest each is followed by attention."""
-    return [layer for i in range(blocks)
-            for layer in [ResBlock(c_in if i == 0 else c_out, c_out)] + ([SpatialAttention(c_out)] if lowest else [])]
+    return [layer for i in range(blocks) for layer in [ResBlock(c_in if i == 0 else c_out, c_out)] + ([SpatialAttention(c_out)] if lowest else [])]
 
 def encoder(c):
     """Images (B, 3, H, W) -> Z (B, z_channels, h, w)."""
@@ -800,7 +819,6 @@ def encoder(c):
         layers += level(widths[max(i - 1, 0)] if i else c.channels, width, c.res_blocks, i == last)
         layers += [downsample(width)] if i < last else []
     return nn.Sequential(*layers, *middle(width), group_norm(width), nn.SiLU(), conv(width, c.z_channels))
-
 def decoder(c):
     """Composite latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W), not clipped."""
     widths = [c.channels * m for m in c.channel_mult][::-1]
@@ -811,7 +829,6 @@ def decoder(c):
     return nn.Sequential(*layers, group_norm(width), nn.SiLU(), conv(width, 3 * c.patch**2), nn.PixelShuffle(c.patch))
 
 # ------------------------------------------------------------------------------- appendix: discriminator, LPIPS, DINOv2
-
 def discriminator(c):
     """PatchGAN: images (B, 3, H, W) -> a logit for each overlapping patch, (B, 1, H', W')."""
     layers, width = [nn.Conv2d(3, c.disc_channels, 4, 2, 1), nn.LeakyReLU(0.2)], c.disc_channels
@@ -819,9 +836,7 @@ def discriminator(c):
         last, width = width, c.disc_channels * min(2**i, 8)
         layers += [nn.Conv2d(last, width, 4, 2 if i < c.disc_layers else 1, 1, bias=False), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
     net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
-    for name, p in net.named_parameters():
-        if p.dim() == 4:
-            nn.init.normal_(p, 0, 0.02)
+    [nn.init.normal_(p, 0, 0.02) for p in net.parameters() if p.dim() == 4]
     return net
 
 class LPIPS(nn.Module):
@@ -838,11 +853,10 @@ class LPIPS(nn.Module):
         self.features = nn.Sequential(*layers)
         for i, width in enumerate(self.taps.values()):  # `.model.1` because the published heads begin with a dropout
             setattr(self, f"lin{i}", nn.ModuleDict({"model": nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False))}))
+        self.register_buffer("shift_scale", torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
-        for name, value in (("shift", (-0.030, -0.088, -0.188)), ("scale", (0.458, 0.448, 0.450))):
-            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
     def forward(self, x, y):
-        f, distance, head = (torch.cat([x, y]) - self.shift) / self.scale, 0, 0
+        f, distance, head = (torch.cat([x, y]) - self.shift_scale[0]) / self.shift_scale[1], 0, 0
         for i, layer in enumerate(self.features):
             f = layer(f)
             if i in self.taps:
@@ -885,7 +899,6 @@ class DINOv2(nn.Module):
         return self.norm(x)[:, 1:]
 
 # --------------------------------------------------------------------------- appendix: the offline teacher, k-means
-
 class ConvNet(nn.Module):
     """A small classifier, trained on the labels in under a minute: a stand-in for a pre-trained vision model.
     Images (B, 3, H, W) in [-1, 1], at most 64 pixels used -> logits (B, classes); features() gives the maps before them."""
@@ -902,14 +915,11 @@ class ConvNet(nn.Module):
         return self.head(F.relu(self.features(x)).mean((2, 3)))
 
 def kmeans(x, k, iterations=20):
-    """Centres (k, d) of points x (n, d), n >= k: k-means++ start, then Lloyd's iterations. Draws from the global generator.
-
-    k-means++ takes each next centre with probability proportional to the squared distance from those it has: near-certain
-    to touch every well-separated cluster. A centre that loses all its points keeps its place."""
+    """Centres (k, d) of points x (n, d), n >= k: Lloyd's iterations from a k-means++ start, which takes each next centre with probability
+    proportional to the squared distance from those it has. A centre that loses all points stays. Draws from the global generator."""
     if len(x) < k:
         raise BadInput(f"k-means cannot place {k} centres among {len(x)} points")
-    x = x.float()
-    squares = x.square().sum(1)
+    x, squares = x.float(), x.float().square().sum(1)
     centres, distance = x.new_empty(k, x.shape[1]), torch.full_like(squares, torch.inf)
     for i in range(k):
         weight = distance.clamp(max=1e30) if i and distance.max() > 0 else torch.ones_like(squares)
@@ -917,16 +927,13 @@ def kmeans(x, k, iterations=20):
         distance = torch.minimum(distance, (squares - 2 * x @ centres[i] + centres[i].square().sum()).clamp_min(0))
     for _ in range(iterations):
         nearest = torch.cat([(2 * part @ centres.T - centres.square().sum(1)).argmax(1) for part in x.split(max(1, 2**24 // k))])
-        count = torch.bincount(nearest, minlength=k)
-        total = torch.zeros_like(centres).index_add_(0, nearest, x)
+        count, total = torch.bincount(nearest, minlength=k), torch.zeros_like(centres).index_add_(0, nearest, x)
         centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centres)
     return centres
 
 # ------------------------------------------------------------------------- appendix: how evenly latents lie (table 3)
-
 def tsne(x, perplexity=30.0, steps=1000):
     """t-SNE (van der Maaten and Hinton 2008), exact: points x (n, d) -> (n, 2). Memory 4 n^2 floats. Random start: global generator.
-
     p_ij: how probably i and j pick each other as neighbours, Gaussian in their distance, each point with a width of its own that
     gives it `perplexity` neighbours (the exponential of the entropy). q_ij: the same in the plane, with weights
     w = 1 / (1 + distance^2). Descend KL(p || q), whose gradient is 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j)."""
@@ -943,8 +950,7 @@ def tsne(x, perplexity=30.0, steps=1000):
         p.append(share)
     p = torch.cat(p)
     p = (p + p.T) / (2 * n)
-    y = 1e-4 * torch.randn(n, 2, device=x.device)
-    speed, gain = torch.zeros_like(y), torch.ones_like(y)
+    y, speed, gain = 1e-4 * torch.randn(n, 2, device=x.device), x.new_zeros(n, 2), x.new_ones(n, 2)
     for step in range(steps):
         early = step < steps // 4  # exaggerated p and little momentum at first: clusters form before they settle
         w = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").square_().add_(1).reciprocal_().fill_diagonal_(0)
@@ -954,19 +960,16 @@ def tsne(x, perplexity=30.0, steps=1000):
         speed = (0.5 if early else 0.8) * speed - max(n / 48, 50) * gain * gradient
         y = y + speed
     return y
-
 def uniformity(points):
     """Table 3 of points (n, 2): their Gaussian kernel density at the points themselves -> {"density_cv": std / mean,
     "normalized_entropy": that of the shares, over log n, "gini": mean absolute difference / (2 mean)}. 0, 1, 0: perfectly even."""
     at = points.double().T.cpu().numpy()
     density = torch.from_numpy(gaussian_kde(at)(at)).sort().values  # Scott's bandwidth
     n, share = len(density), density / density.sum()
-    return {"density_cv": (density.std(correction=0) / density.mean()).item(),
-            "normalized_entropy": (torch.special.entr(share).sum() / math.log(n)).item(),
+    return {"density_cv": (density.std(correction=0) / density.mean()).item(), "normalized_entropy": (torch.special.entr(share).sum() / math.log(n)).item(),
             "gini": ((2 * torch.arange(1, n + 1) - n - 1) * share).sum().item() / n}
 
 # ------------------------------------------------------------------------------------ appendix: the built-in pictures
-
 SHAPES = {  # signed distance to each outline at (u, v), in radii, negative inside; a = |u| and b = |v|
     "disc": lambda a, b, v: torch.hypot(a, b) - 1,
     "ring": lambda a, b, v: (torch.hypot(a, b) - 0.75).abs() - 0.25,

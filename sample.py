@@ -19,7 +19,6 @@ from fid import WEIGHTS, fetch, frechet_distance, load_data, load_inception, mea
 from glotok import BadInput, Parser, Progress, load_config, load_run, psnr, run, spread, to_float, to_uint8, tsne, uniformity
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
-
 INK, RULE, COLOURS = (30, 30, 30), (225, 225, 225), ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878", "#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
 
 def grid(path, rows, title=""):
@@ -67,7 +66,6 @@ def plot(path, panels, columns=2, W=560, H=320):
     write(Path(path), lambda file: canvas.save(file, "PNG"))
 
 # ------------------------------------------------------------------------------------------------------- what a run can do
-
 def at_once(model):
     return max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
 
@@ -99,8 +97,9 @@ def generate(model, generator, scale, labels, steps, guidance, seed, first=0, ba
     """Labels (n,) -> uint8 images on the CPU, a batch (100, 3, H, W) at a time from image `first` on; each batch has its own seed."""
     for i in range(first, len(labels), batch):
         torch.manual_seed(seed + i)
-        latents = scale * generator.sample(labels[i:i + batch], steps, guidance)
-        yield torch.cat([to_uint8(model.from_latents(part)).cpu() for part in latents.split(at_once(model))])
+        found = generator.sample(labels[i:i + batch], steps, guidance)  # indices (far) or latents (xar)
+        far = not found.is_floating_point()
+        yield decode_all(model, found, labels.device) if far else torch.cat([to_uint8(model.from_latents(scale * part)).cpu() for part in found.split(at_once(model))])
 
 def write_npz(path, labels, size, key, draw, batch=100):
     """The images of draw(first), a generator of batches from image `first` on -> .npz of arr_0 uint8 (N, H, W, 3) and labels, as ADM's

@@ -26,7 +26,7 @@ import fid
 import glotok
 import sample
 import train
-from glotok import (ALPHA, LPIPS, PRESETS, XAR, BadInput, Config, DINOv2, GloTok, Quantizer, adaptive_weight, cosine_moments, discriminator,
+from glotok import (ALPHA, FAR, LPIPS, PRESETS, XAR, BadInput, Config, DINOv2, GloTok, Quantizer, adaptive_weight, cosine_moments, discriminator,
                     hinge_loss, histogram_relation_loss, kmeans, relation_histogram, relation_histogram_direct, sphere_histogram,
                     straight_through, tsne, uniformity)
 
@@ -456,6 +456,110 @@ def test_training_finds_the_velocity_of_a_known_gaussian():
     best = GaussianVelocity(SMALL).velocity(z, t, labels)
     with torch.no_grad():
         assert ((x.velocity(z, t, labels) - best) ** 2).mean() < 0.05 * best.var()
+
+# ------------------------------------------------------------------------------------------- the rivals: FAR, local supervision
+
+def far_and_tokens(B=3):
+    far = FAR(replace(TINY, gen_layers=2))
+    tokens = torch.stack([torch.randint(n, (B, 64)) for n in (TINY.codes_sem, TINY.codes_vis)], dim=2)  # (B, T, 2)
+    return far, tokens, torch.randint(TINY.classes, (B,))
+
+@torch.no_grad()
+def test_far_sees_earlier_positions_only():
+    far, tokens, labels = far_and_tokens()
+    before = far.context(labels, tokens[:, :-1])
+    assert before.shape == (3, 64, 16)
+    for kind, size in enumerate((TINY.codes_sem, TINY.codes_vis)):
+        other = tokens.clone()
+        other[:, 20, kind] = (other[:, 20, kind] + 1) % size
+        changed = (far.context(labels, other[:, :-1]) - before).abs().amax((0, 2)) > 1e-6
+        assert not changed[:21].any() and changed[21:].all()  # position 21 is the first that sees token 20
+    assert (far.context((labels + 1) % TINY.classes, tokens[:, :-1]) - before).abs().amax((0, 2)).min() > 1e-6  # the class counts everywhere
+
+@torch.no_grad()
+def test_fars_head_predicts_the_semantic_index_first():
+    far, _, _ = far_and_tokens()
+    context, sem = torch.randn(5, 16), torch.arange(5)
+    (alone,), (one, vis), (two, other) = far.logits(context), far.logits(context, sem), far.logits(context, sem + 1)
+    assert torch.allclose(alone, one, atol=1e-6) and torch.allclose(one, two, atol=1e-6) and alone.shape == (5, TINY.codes_sem)
+    assert vis.shape == (5, TINY.codes_vis) and (vis - other).abs().amax(1).min() > 1e-4
+
+@torch.no_grad()
+def test_far_with_a_cache_equals_far_without():
+    far, tokens, labels = far_and_tokens()
+    caches = [[] for _ in far.blocks]
+    steps = [far.context(labels, tokens[:, :k], k, caches) for k in range(64)]
+    assert torch.allclose(torch.cat(steps, dim=1), far.context(labels, tokens[:, :63]), atol=1e-5)
+
+@torch.no_grad()
+def test_fars_loss_is_the_mean_negative_log_likelihood():
+    far, tokens, labels = far_and_tokens()
+    far.config = replace(far.config, label_dropout=0.0)
+    total = 0
+    for b in range(3):
+        for k in (0, 5, 63):
+            h = far.context(labels[b:b + 1], tokens[b:b + 1, :k])[:, -1]
+            sem, vis = far.logits(h, tokens[b:b + 1, k, 0])
+            total -= sem.log_softmax(1)[0, tokens[b, k, 0]] + vis.log_softmax(1)[0, tokens[b, k, 1]]
+    only = torch.zeros(3, 64, dtype=torch.bool)
+    only[:, [0, 5, 63]] = True
+    picked, real = [], F.cross_entropy
+    def cross_entropy(logits, index):
+        picked.append(-logits.log_softmax(1).gather(1, index[:, None])[:, 0].view(3, 64)[only].sum())
+        return real(logits, index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", cross_entropy)
+        loss = far.loss(tokens.transpose(1, 2).unflatten(2, (8, 8)), labels)
+    assert sum(picked).item() == pytest.approx(total.item(), rel=1e-5)
+    h = far.context(labels, tokens[:, :-1]).flatten(0, 1)
+    nll = [-x.log_softmax(1).gather(1, tokens.flatten(0, 1)[:, k, None]).mean() for k, x in enumerate(far.logits(h, tokens.flatten(0, 1)[:, 0]))]
+    assert loss.item() == pytest.approx(sum(nll).item() / 2, rel=1e-5)
+
+def test_far_learns_what_depends_on_the_class_and_samples_it():
+    c = replace(TINY, generator="far", image_size=8, cell=2, gen_width=32, label_dropout=0.2)  # 4x4 positions
+    far = FAR(c)
+    pattern = torch.stack([torch.randint(c.codes_sem, (2, 4, 4)), torch.randint(c.codes_vis, (2, 4, 4))], dim=1)  # one for each of two classes
+    optimizer = torch.optim.Adam(far.parameters(), 3e-3)
+    for _ in range(150):
+        labels = torch.randint(2, (16,))
+        loss = far.loss(pattern[labels], labels)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    far.config = replace(c, top_k=1)
+    assert torch.equal(far.sample(torch.tensor([0, 1, 1]), guidance=3.0), pattern[[0, 1, 1]])
+    far.config = c
+    torch.manual_seed(5)
+    one = far.sample(torch.tensor([0, 1]), guidance=1.0)
+    torch.manual_seed(5)
+    assert torch.equal(one, far.sample(torch.tensor([0, 1]), guidance=1.0)) and one.dtype == torch.int64 and one.shape == (2, 2, 4, 4)
+
+@torch.no_grad()
+def test_fars_guidance_moves_away_from_the_answer_without_label(monkeypatch):
+    far, _, labels = far_and_tokens()
+    seen, real = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: seen.append(p) or real(p, n))
+    far.sample(labels, guidance=2.5)
+    with_label, without = (far.logits(far.context(y, torch.zeros(3, 0, 2, dtype=torch.int64))[:, 0])[0] for y in (labels, torch.full_like(labels, TINY.classes)))
+    expected = (without + 2.5 * (with_label - without)).softmax(1).sort(descending=True).values
+    assert len(seen) == 128 and torch.allclose(seen[0], expected, atol=1e-6)
+    seen.clear()
+    far.config = replace(far.config, top_k=3)
+    far.sample(labels, guidance=2.5)
+    assert all(p.shape == (3, 3) for p in seen) and torch.allclose(seen[0], expected[:, :3] / expected[:, :3].sum(1, keepdim=True), atol=1e-6)
+
+def test_local_supervision_is_one_minus_the_cosine_and_moves_the_encoder():
+    model = GloTok(replace(TINY, semantic="local", teacher="convnet"))
+    x, target = random_images(), torch.randn(2, 64, 16, 16)  # finer than the grid of 8: averaged over 2x2
+    losses = model(x, target)[1]
+    with torch.no_grad():
+        z = F.embedding(model.encode(x)[0].flatten(1), model.codebook_sem)
+        a, b = model.head(z).numpy(), target.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5)).flatten(2).transpose(1, 2).numpy()
+    expected = 1 - np.mean([[u @ v / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(p, q)] for p, q in zip(a, b)])
+    assert losses["local"].item() == pytest.approx(expected, abs=1e-5)
+    losses["local"].backward()
+    moved = lambda m: any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters())
+    assert moved(model.encoder) and moved(model.adapter_sem) and moved(model.head)  # straight through the quantizer
+    assert not moved(model.adapter_vis) and not moved(model.quantizer_vis) and not moved(model.decoder)
+    assert "local" not in GloTok(TINY)(x)[1]
 
 @pytest.mark.parametrize("after, snap", [(0, 0), (1, 0), (0, 1)])
 def test_true_latents_decode_to_the_reconstruction(after, snap):
@@ -962,9 +1066,11 @@ def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished
     assert len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
     assert {"psnr", "generator_seconds"} <= set(json.loads((tmp_path / "metrics.json").read_text()))
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_generators_batch_make_the_loss_of_the_whole(parts):
-    generator, latents, labels = awake(XAR(TINY)), torch.randn(8, 16, 8, 8), torch.arange(8) % TINY.classes
+@pytest.mark.parametrize("kind, parts", [("xar", 2), ("xar", 4), ("far", 4)])
+def test_parts_of_a_generators_batch_make_the_loss_of_the_whole(kind, parts):
+    c = replace(TINY, label_dropout=0.5)
+    generator, labels = glotok.GENERATORS[kind](c) if kind == "far" else awake(XAR(c)), torch.arange(8) % TINY.classes
+    latents = torch.randn(8, 16, 8, 8) if kind == "xar" else torch.randint(16, (8, 2, 8, 8))
     def loss(part, parts, *batch):
         torch.manual_seed(1)
         return generator.loss(*batch, part, parts)
@@ -1060,6 +1166,21 @@ def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"perceptual", "adv", "critic"} <= set(row) and "hist" not in row and row["perceptual"] != 0
 
+def test_the_rivals_train_resume_and_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=glotok.draw_shapes: real(n // 10, size, seed))
+    flags = [*FLAGS, "--teacher", "convnet", "--teacher_centres", 64, "--semantic", "local", "--generator", "far", "--top_k", 8]
+    for name, steps in (("whole", 20), ("halves", 7)):
+        assert command(monkeypatch, capsys, *flags, "--generator_steps", steps, "--tokenizer_steps", 20, "--out", tmp_path / name)[0] == 0
+    assert command(monkeypatch, capsys, "--resume", "--generator_steps", 20, "--out", tmp_path / "halves")[0] == 0
+    a, b = (dict(glotok.tensors_in(torch.load(tmp_path / name / "tokenizer.pt", weights_only=True))) for name in ("whole", "halves"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert 0 < rows[0]["local"] < 2 and "hist" not in rows[0] and rows[-1]["entropy"] < math.log(24)
+    status, *said = sample_command(monkeypatch, capsys, tmp_path / "whole", "--n", 4, "--out", tmp_path / "x.npz")
+    assert status == 0 and np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3), said
+    assert command(monkeypatch, capsys, *FLAGS, "--semantic", "none", "--stage", "tokenizer", "--out", tmp_path / "none")[0] == 0
+    assert "hist" not in json.loads((tmp_path / "none" / "log.jsonl").read_text().splitlines()[-1])
+
 def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, "draw_shapes", lambda n, size, seed, real=glotok.draw_shapes: real(n // 10, size, seed))
     flags = [*FLAGS, "--teacher", "convnet", "--teacher_centres", 64, "--tokenizer_steps", 5, "--out", tmp_path / "run"]
@@ -1104,6 +1225,9 @@ BAD = [
     ("--batch_size 1.5", "--batch_size"),
     ("--image_size 31", "multiple of 2"),
     ("--precision half", "precision"),
+    ("--semantic nearby", "one of global, local, none"),
+    ("--generator gan", "one of xar, far"),
+    ("--semantic local --teacher sphere", "convnet or dinov2"),
     ("--batch_size 10 --accumulate 4", "multiples of 1 process(es) times accumulate, 4"),
     ("--stage all-of-it", "--stage"),
     ("--data nowhere", "no data at"),

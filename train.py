@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fid import fetch, load_data, sha256, stream, write
-from glotok import (LPIPS, PRESETS, XAR, BadInput, Config, ConvNet, DINOv2, GloTok, Parser, Progress, adaptive_weight, batch_indices, choose, compile_all,
+from glotok import (GENERATORS, LPIPS, PRESETS, BadInput, Config, ConvNet, DINOv2, GloTok, Parser, Progress, adaptive_weight, batch_indices, choose, compile_all,
                     cosine_moments, discriminator, hinge_loss, histogram_relation_loss, kl_divergence, kmeans, learning_rate, load_checkpoint,
                     load_config, psnr, read_vectors, relation_histogram, restore, run, sphere_histogram, spread, to_float, to_uint8, use_bf16)
 from sample import decode_all, encode_all, fid_of, generate, grid, grid_of_pairs, plot
@@ -88,32 +88,40 @@ def encode_together(model, images, device):
     return torch.stack(every, dim=1).flatten(0, 1)[:len(images)]
 
 # ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)
-
 def make_teacher(c, data, device):
     """The teacher, made once: {"histogram" (bins,), "moments" (mean and mean squared cosine), ...}; all that training needs."""
     if c.teacher == "sphere":
         return {"histogram": sphere_histogram(c.code_dim, c.bins), "moments": (0.0, 1 / c.code_dim)}
-    if c.teacher == "convnet":
-        net = train_convnet(c, data, device)
-        extra = {"convnet": net.state_dict(), "classes": len(data.classes)}
-        vectors = patch_centres(c, data, lambda x: net.features(x).flatten(2).transpose(1, 2), device)
-    elif c.teacher == "dinov2":
-        net, extra = DINOv2().to(device), {}
-        restore(fetch("dinov2_vits14_pretrain.pth"), {None: net})
-        vectors = patch_centres(c, data, lambda x: net(F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)), device)
+    if c.teacher in ("convnet", "dinov2"):
+        extra = {"convnet": train_convnet(c, data, device).state_dict(), "classes": len(data.classes)} if c.teacher == "convnet" else {}
+        vectors = patch_centres(c, data, teacher_features(extra, device), device)
     else:
         vectors = read_vectors(c.teacher)
         extra = {"sha256": sha256(c.teacher if Path(c.teacher).exists() else c.teacher.rpartition(":")[0])}
     return {"histogram": relation_histogram(vectors.to(device), c.bins).cpu(), "moments": cosine_moments(vectors), "vectors": len(vectors), **extra}
 
+def load_convnet(teacher, device):
+    net = ConvNet(teacher["classes"]).to(device).eval()
+    net.load_state_dict(teacher["convnet"])
+    return net
+
+def teacher_features(teacher, device):
+    """The teacher network as a function of images in [-1, 1] -> features (B, D, H, W)."""
+    if "convnet" in teacher:
+        return load_convnet(teacher, device).features
+    net = DINOv2().to(device)
+    restore(fetch("dinov2_vits14_pretrain.pth"), {None: net})
+    resized = lambda x: F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    return lambda x: net(resized(x)).transpose(1, 2).unflatten(2, (16, 16))
+
 @torch.no_grad()
 def patch_centres(c, data, features, device, limit=10000, patches=5):
-    """k-means centres (teacher_centres, D) of features(images in [-1, 1]) -> (B, T, D): some patches of up to `limit` images."""
+    """k-means centres (teacher_centres, D) of features(images in [-1, 1]) -> (B, D, H, W): some patches of up to `limit` images."""
     found, g = [], torch.Generator().manual_seed(c.seed)
     chosen, progress = torch.randperm(len(data.train), generator=g)[:limit], Progress("teacher: features of image", min(limit, len(data.train)))
     patches = max(patches, 2 * c.teacher_centres // len(chosen))  # small data sets: more patches of each
     for part in stream(data.train, chosen.split(100), device, c.image_size):
-        f = features(to_float(part, device)).float()
+        f = features(to_float(part, device)).float().flatten(2).transpose(1, 2)
         found.append(f[:, torch.randperm(f.shape[1], generator=g)[:patches]].flatten(0, 1))
         progress(sum(map(len, found)) // patches)
     return kmeans(torch.cat(found), min(c.teacher_centres, sum(map(len, found)))).cpu()
@@ -199,7 +207,6 @@ def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, 
     return kept, {"seconds": round(seconds, 1), "images_per_second": round(steps * batch / seconds, 2), "peak_memory_gb": round(peak / 2**30, 2)}
 
 # ---------------------------------------------------------------------------------------------------------- the tokenizer
-
 def train_tokenizer(c, out, data, teacher, perceptual, device):
     """Eq. (13), start to end. -> the model, its codebook's histogram before training, train_steps' figures."""
     torch.manual_seed(c.seed)
@@ -211,19 +218,19 @@ def train_tokenizer(c, out, data, teacher, perceptual, device):
         peaks["critic_optimizer"] = c.disc_lr
     histogram, before = teacher["histogram"].to(device), relation_histogram(model.codebook_sem).detach()
     compile_all(c, device, model.encoder, model.decoder, critic)
-    net, judge, pairs = wrap(model), wrap(critic), []
-
+    net, judge, pairs, features = wrap(model), wrap(critic), [], torch.no_grad()(teacher_features(teacher, device)) if c.semantic == "local" else None
     def feed(first):
         index = (batch_indices(n, c.batch_size, step, c.seed).chunk(WORLD)[RANK] for step in range(first, c.tokenizer_steps))
         return zip(stream(data.train, index, device, c.image_size))
-
     def loss_of(step, part, images):
         mirror = torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2
         x = to_float(images, device, mirror.chunk(WORLD * c.accumulate)[part])
-        recon, losses = net(x)
+        recon, losses = net(x, features(x) if features else None)
         losses["recon"] = F.mse_loss(recon, x)  # (2)
         loss = c.lambda_recon * losses["recon"] + c.lambda_quantize * losses["quantize"] + c.lambda_res * losses["residual"]  # (3), (13)
-        if c.lambda_hist and part % c.accumulate == 0:  # of the codebook, not of images: a process's first part pays for all
+        if features:
+            loss = loss + c.lambda_local * losses["local"]
+        if c.semantic == "global" and c.lambda_hist and part % c.accumulate == 0:  # of the codebook, not of images: a process's first part pays for all
             losses["hist"] = c.accumulate * histogram_relation_loss(model.codebook_sem, histogram)
             loss = loss + c.lambda_hist * losses["hist"]
         if perceptual:
@@ -240,7 +247,6 @@ def train_tokenizer(c, out, data, teacher, perceptual, device):
             loss = loss + weight * losses["adv"] + losses["critic"]
         pairs.append((to_uint8(x), to_uint8(recon)))
         return loss, losses
-
     def after(step):
         seen = [*map(torch.cat, zip(*pairs))]
         pairs.clear()
@@ -250,51 +256,43 @@ def train_tokenizer(c, out, data, teacher, perceptual, device):
             for q in quantizers.values():
                 q.revive() if c.revive_every and step < 0.9 * c.tokenizer_steps else q.hits.zero_()  # the last tenth settles
         return lambda: {"psnr": average(psnr(*seen).mean()).item(), **{name: (average(h) > 0).float().mean().item() for name, h in hits.items()}}
-
     before, figures = train_steps("tokenizer", c, out, parts, peaks, (c.warmup, c.cooldown), c.tokenizer_steps, c.batch_size, net, feed, loss_of, after,
                                   before, device)
     return model.eval(), before, figures
 
 # ---------------------------------------------------------------------------------------------------------- the generator
-
 def train_generator(c, out, data, model, device):
     """xAR on the latents of the training images. -> its moving average, the latents' deviation, train_steps' figures."""
     torch.manual_seed(c.seed)
-    generator = XAR(c).to(device).train()
+    generator, far = GENERATORS[c.generator](c).to(device).train(), c.generator == "far"
     optimizer = torch.optim.AdamW(generator.parameters(), c.gen_lr, (0.9, 0.96), weight_decay=c.gen_decay, fused=True)
     mean, indices, labels = copy.deepcopy(generator).requires_grad_(False), encode_together(model, data.train, device), data.train_labels.to(device)
-    scale = model.to_latents(*indices[:1000].unbind(1)).std().item()
+    scale = 1.0 if far else model.to_latents(*indices[:1000].unbind(1)).std().item()
     compile_all(c, device, *generator.blocks)
     net = wrap(generator)
-
     def feed(first):
         for step in range(first, c.generator_steps):
             i = batch_indices(len(indices), c.gen_batch, step, c.seed).chunk(WORLD)[RANK]
             yield indices[i], labels[i]
-
     def loss_of(step, part, index, label):
         with torch.no_grad():
-            latents = model.to_latents(*index.unbind(1)) / scale
-        loss = net(latents, label, part, WORLD * c.accumulate)
-        return loss, {"flow": loss}
-
+            learned = index if far else model.to_latents(*index.unbind(1)) / scale
+        loss = net(learned, label, part, WORLD * c.accumulate)
+        return loss, {"entropy" if far else "flow": loss}
     def after(step):
         decay = min(c.ema, (1 + step) / (10 + step))  # young averages forget faster
         torch._foreach_lerp_(list(mean.parameters()), list(generator.parameters()), 1 - decay)
         return dict
-
     scale, figures = train_steps("generator", c, out, {"model": generator, "ema": mean, "optimizer": optimizer}, {"optimizer": c.gen_lr},
                                  (c.gen_warmup, c.gen_cooldown), c.generator_steps, c.gen_batch, net, feed, loss_of, after, scale, device)
     return mean.eval(), scale, figures
 
 # ------------------------------------------------------------------------------------------------- figures and pictures
-
 def load_judge(teacher, device):
     """The convnet teacher as a classifier of uint8 images; None if the teacher was another."""
     if "convnet" not in teacher:
         return None
-    net = ConvNet(teacher["classes"]).to(device).eval()
-    net.load_state_dict(teacher["convnet"])
+    net = load_convnet(teacher, device)
     return lambda images: torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in images.split(100)])
 
 @torch.no_grad()
@@ -342,7 +340,8 @@ def draw_curves(out):
             ("tokenizer", "PSNR of training images, dB", "line", "psnr"), ("tokenizer", "L_R and L_P, eq. (3)", "log", "recon", "perceptual"),
             ("tokenizer", "L_Q (1) and L_res (10)", "log", "quantize", "residual"), ("tokenizer", "L_hist (7)", "log", "hist"),
             ("tokenizer", "share of codes in use", "line", "usage_sem", "usage_vis"),
-            ("tokenizer", "L_G and the discriminator's loss", "line", "adv", "critic"), ("generator", "flow matching", "log", "flow")):
+            ("tokenizer", "L_G and the discriminator's loss", "line", "adv", "critic"), ("generator", "flow matching (xar)", "log", "flow"),
+            ("generator", "cross-entropy (far), nats", "line", "entropy"), ("tokenizer", "local loss, 1 - cosine", "line", "local")):
         points = {n: [(r["step"], r[n]) for r in rows if r["stage"] == stage and n in r] for n in names}
         if any(points.values()):
             panels.append((title, f"{stage} step", [(n, *zip(*p)) for n, p in points.items() if p], style))

@@ -36,7 +36,7 @@ def write(path, save):
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.exists() and temporary.unlink()
 
 WEIGHTS, HUB = "pt_inception-2015-12-05-6726825d.pth", "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
 PUBLISHED = {  # file: its folder, its SHA-256
@@ -126,8 +126,10 @@ def attempt(item, prepare):
     try:
         if isinstance(item, np.ndarray):
             return prepare(Image.fromarray(item))
-        with Image.open(item) as picture:
-            return prepare(ImageOps.exif_transpose(picture).convert("RGB"))
+        with Image.open(item) as file:
+            picture = ImageOps.exif_transpose(file)
+            deep = picture.mode.startswith("I;16")  # convert would clip 16 bits, not scale them
+            return prepare((Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if deep else picture).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
         return f"{item} ({' '.join(str(error).split())})"
 

@@ -116,9 +116,11 @@ class Config:
     seed: int = setting(0, "seed of weights, data order and built-in data", 0, 2**31)
     def __post_init__(self):
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            for v in value if isinstance(value, tuple) else [value]:
-                if not isinstance(v, str) and not low <= v <= high:  # NaN fails every comparison
+            value, low, high, kind = getattr(self, f.name), f.metadata["low"], f.metadata["high"], type(f.default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise BadInput(f"{f.name} is {value!r}: it must be of type {kind.__name__}")
+            for v in value if kind is tuple else [value]:
+                if kind is not str and not low <= v <= high:  # NaN fails every comparison
                     raise BadInput(f"{f.name} is {v}: it must lie in [{low:g}, {high:g}]")
         for wrong, said in (
                 (not self.channel_mult or self.image_size % self.factor,
@@ -157,8 +159,7 @@ PRESETS["imagenet256-2x"] = Config(**{**PRESETS["imagenet256"].__dict__, "codes_
 def choose(name, options, what):
     """options[name]; BadInput naming the nearest option if there is none."""
     if name not in options:
-        near = difflib.get_close_matches(name, options, 1, 0)
-        raise BadInput(f"no {what} {name!r}; did you mean {near[0]!r}? There are: {', '.join(options)}")
+        raise BadInput(f"no {what} {name!r}; did you mean {difflib.get_close_matches(name, options, 1, 0)[0]!r}? There are: {', '.join(options)}")
     return options[name]
 
 # -------------------------------------------------------------------------------------------------------- quantizer (1)
@@ -219,8 +220,7 @@ class Quantizer(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.hits)
             torch.distributed.broadcast(pick, 0)
-        dead = self.hits < 0.05 * self.hits.mean()
-        self.weight[dead] = pick[dead]
+        self.weight.copy_(torch.where((self.hits < 0.05 * self.hits.mean())[:, None], pick, self.weight))
         self.hits.zero_()
 
 # ----------------------------------------------------------------------------------- histogram relation loss (4)-(7)
@@ -701,9 +701,9 @@ class Parser(argparse.ArgumentParser):
 class Progress:
     """A line on standard error that overwrites itself on a terminal; elsewhere a plain line every ten seconds at most."""
     def __init__(self, what, total, done=0):
-        self.what, self.total, self.first, self.start, self.said = what, total, done, time.time(), time.time()
+        self.what, self.total, self.first, self.start, self.said = what, total, done, time.monotonic(), time.monotonic()
     def __call__(self, done, text=""):
-        now, tty, last = time.time(), sys.stderr.isatty(), done >= self.total
+        now, tty, last = time.monotonic(), sys.stderr.isatty(), done >= self.total
         if last or now - self.said > (0.2 if tty else 10):
             left, self.said = int((now - self.start) / max(done - self.first, 1) * (self.total - done)), now
             line = f"{self.what} {done}/{self.total}  {text}{'  ' * bool(text)}{left // 60}:{left % 60:02d} left"
@@ -714,7 +714,7 @@ def read_arrays(path):
     try:
         file = np.load(path, allow_pickle=False)
         return dict(file) if path.suffix == ".npz" else {"array": file}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
 
 def read_vectors(spec):
@@ -729,7 +729,7 @@ def read_vectors(spec):
     if len(fits) != 1:
         listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
         raise BadInput(f"{path} must hold one float array (n, d) of n > 1 vectors, or be given as {path}:NAME; it holds {listed[:500]}")
-    if not (vectors := found[fits[0]].float()).isfinite().all() or not vectors.norm(dim=1).all():
+    if not (vectors := found[fits[0]].float()).isfinite().all() or not vectors.norm(dim=1).all() or not vectors.norm(dim=1).isfinite().all():
         raise BadInput(f"{path}: {fits[0]} has vectors that are zero or not finite")
     return vectors
 def tensors_in(value, name=""):
@@ -743,8 +743,7 @@ def load_config(out):
     """The Config of the run in folder `out`, and the name of its preset."""
     try:
         saved = json.loads((out / "config.json").read_text())
-        preset = saved.pop("preset")
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}), preset
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k != "preset"}), saved["preset"]
     except FileNotFoundError:
         raise BadInput(f"no run in {out}: there is no {out / 'config.json'}") from None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -761,7 +760,9 @@ def restore(path, parts, device="cpu"):
     saved = load_checkpoint(path, device)
     try:
         for name, part in parts.items():
-            part.load_state_dict(saved if name is None else saved[name])
+            part.load_state_dict(saved if name is None else dict(saved)[name])
+        if strange := [k for k, v in tensors_in(saved) if v.is_floating_point() and not v.isfinite().all()]:
+            raise ValueError(f"NaN or infinity in {strange[0]}")
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} holds other weights than these settings ask for: {' '.join(str(error).split())[:200]}") from None
     return saved
@@ -904,11 +905,10 @@ class ConvNet(nn.Module):
     Images (B, 3, H, W) in [-1, 1], at most 64 pixels used -> logits (B, classes); features() gives the maps before them."""
     def __init__(self, classes, widths=(32, 64, 64)):
         super().__init__()
-        layers, c_in = [], 3
-        for i, width in enumerate(widths):
+        layers = []
+        for i, (c_in, width) in enumerate(zip((3, *widths), widths)):
             layers += [nn.Conv2d(c_in, width, 3, 2 if i < 2 else 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            c_in = width
-        self.body, self.head = nn.Sequential(*layers, nn.Conv2d(c_in, c_in, 3, 1, 1, bias=False), nn.BatchNorm2d(c_in)), nn.Linear(c_in, classes)
+        self.body, self.head = nn.Sequential(*layers, nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)), nn.Linear(width, classes)
     def features(self, x):
         return self.body(F.adaptive_avg_pool2d(x, 64) if x.shape[-1] > 64 else x)  # (B, 64, H / 4, W / 4), before the last ReLU
     def forward(self, x):

@@ -23,6 +23,7 @@ INK, RULE, COLOURS = (30, 30, 30), (225, 225, 225), ["#1f77b4", "#d62728", "#2ca
 
 def grid(path, rows, title=""):
     """rows: a list of (label, uint8 (n, 3, H, W)) -> a PNG, one labelled row each, small pictures enlarged."""
+    rows = [(" ".join(label.split()), images) for label, images in rows]  # a class may be called anything
     font, gap, side = ImageFont.load_default(14), 4, max(64, rows[0][1].shape[3])
     left, top = 8 + max(int(font.getlength(label)) for label, _ in rows), 28 if title else gap
     canvas = Image.new("RGB", (left + (side + gap) * max(len(x) for _, x in rows), top + (side + gap) * len(rows)), "white")
@@ -139,7 +140,7 @@ def measure_uniformity(path, index, codes, labels, classes, runs):
         progress(run_ + 1)
     plot(path, [(f"t-SNE of {len(index)} semantic latents, coloured by class", "density CV {density_cv:.3f}, normalized entropy "
                  "{normalized_entropy:.4f}, Gini {gini:.4f}".format(**found[-1]),
-                 [(name, *points[labels == k].T) for k, name in enumerate(classes[:10]) if (labels == k).any()], "dots")], W=700, H=700)
+                 [(" ".join(name.split()), *points[labels == k].T) for k, name in enumerate(classes[:10]) if (labels == k).any()], "dots")], W=700, H=700)
     return {k: torch.std_mean(torch.tensor([f[k] for f in found]), correction=0)[::-1] for k in found[0]}
 
 def main():

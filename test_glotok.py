@@ -2,17 +2,20 @@
 
     python -m pytest -q
 """
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
+import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -1196,24 +1199,79 @@ def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
 
-def broken_inputs(tmp):
-    """Files that must not be accepted, below tmp."""
+@functools.lru_cache
+def strange_pictures():
+    """name -> bytes of one picture of a kind that must be accepted, or must be refused by name."""
+    base, out = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 20, 3), np.uint8)), {}
+    def encode(picture, kind="PNG", **more):
+        picture.save(file := io.BytesIO(), kind, **more)
+        return file.getvalue()
+    out["tiny.png"] = encode(base.resize((1, 1)))
+    out["wide.png"] = encode(Image.new("RGB", (20000, 3), "red"))
+    out["cmyk.jpg"] = encode(base.convert("CMYK"), "JPEG")
+    out["deep.png"] = encode(Image.fromarray(np.random.RandomState(0).randint(0, 65536, (16, 16)).astype(np.uint16)))
+    out["palette.png"] = encode(base.convert("P"))
+    out["bits.png"] = encode(base.convert("1"))
+    out["alpha.png"] = encode(base.convert("RGBA"))
+    out["greyalpha.png"] = encode(base.convert("LA"))
+    out["moving.webp"] = encode(base, "WEBP", save_all=True, append_images=[base.rotate(90)])
+    out["moving.png"] = encode(base, save_all=True, append_images=[base.rotate(90)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out["turned.jpg"] = encode(base, "JPEG", exif=exif)
+    out["na\u00efve \u732b\nnew line.png"] = encode(base)
+    whole = encode(base)
+    return out, {"bomb.png": encode(Image.new("1", (20000, 20000))), "torn.png": whole[:len(whole) // 2], "blank.png": b"", "text.jpg": b"hello\n" * 50,
+                 "head.jpg": encode(base, "JPEG")[:30], "other.bmp": b"BM" + bytes(20)}
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A folder of files that must not be accepted."""
+    tmp = tmp_path_factory.mktemp("broken")
     (tmp / "empty").mkdir(), save_pictures(tmp / "flat", 4), save_pictures(tmp / "single", 1)
     save_pictures(tmp / "rotten", 10)
     for i in range(3):
         (tmp / "rotten" / f"{i:03d}.png").write_bytes(b"\x89PNG broken")
+    for name, data in strange_pictures()[1].items():
+        save_pictures(tmp / name.split(".")[0], 4)
+        (tmp / name.split(".")[0] / name).write_bytes(data)
+    save_pictures(tmp / "dangling", 4), (tmp / "dangling" / "x.png").symlink_to(tmp / "gone.png")
+    save_pictures(tmp / "folder", 4), (tmp / "folder" / "x.png").mkdir()
+    save_pictures(tmp / "split" / "train" / "a", 4), save_pictures(tmp / "split" / "val" / "b", 4)
+    (tmp / "text.npz").write_text("hello"), (tmp / "nothing.npz").write_bytes(b""), np.savez(tmp / "none.npz")
+    x = np.zeros((4, 16, 16, 3), np.uint8)
+    np.savez(tmp / "nobody.npz", x[:0]), np.savez(tmp / "somebody.npz", x[:1]), np.savez(tmp / "flat.npz", x.transpose(0, 3, 1, 2))
+    np.savez(tmp / "few.npz", x, labels=np.zeros(3, int)), np.savez(tmp / "minus.npz", x, labels=np.full(4, -1)), np.savez(tmp / "half.npz", x, labels=np.full(4, .5))
+    with zipfile.ZipFile(tmp / "huge.npz", "w") as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 1000, 1000, 3)})
+        archive.writestr("arr_0.npy", header.getvalue())
     np.savez(tmp / "floats.npz", np.zeros((4, 8, 8, 3)))
     np.savez(tmp / "grey.npz", np.zeros((4, 8, 8), np.uint8))
     np.savez(tmp / "objects.npz", np.array([{}], dtype=object))
     (tmp / "torn.npz").write_bytes((tmp / "floats.npz").read_bytes()[:200])
     np.save(tmp / "nan.npy", np.full((4, 3), np.nan, np.float32))
+    np.save(tmp / "vast.npy", np.full((4, 3), 1e30, np.float32))
     np.save(tmp / "one.npy", np.ones((1, 3), np.float32))
     np.save(tmp / "zero.npy", np.zeros((4, 3), np.float32))
     np.save(tmp / "cube.npy", np.ones((4, 3, 2), np.float32))
+    np.save(tmp / "words.npy", np.array(["a", "b"]))
     np.save(tmp / "objects.npy", np.array([{}], dtype=object))
     torch.save({"step": 3}, tmp / "none.pt")
-    torch.save(Path("/x"), tmp / "code.pt")  # a pickle of a class: weights_only refuses it
+    torch.save({"a": torch.ones(3, 2), "b": {"c": torch.ones(4, 2)}}, tmp / "two.pt")
+    torch.save(RunsCode(str(tmp / "code ran")), tmp / "code.pt")
+    (tmp / "code.npy").write_bytes(pickle.dumps(RunsCode(str(tmp / "code ran"))))
+    with open(tmp / "long.pt", "w") as file:
+        file.truncate(2**30)
     (tmp / "text.pt").write_text("hello")
+    return tmp
+
+class RunsCode:
+    """What a hostile pickle does when it is read: here it makes a file."""
+    def __init__(self, path):
+        self.path = path
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 BAD = [
     ("--preset cifar", "did you mean 'cifar10'"),
@@ -1234,35 +1292,112 @@ BAD = [
     ("--data TMP/empty", "no images"),
     ("--data TMP/single", "too few"),
     ("--data TMP/rotten", "3 of 10"),
+    ("--data TMP/bomb", "1 of 5 images"), ("--data TMP/torn", "torn.png"), ("--data TMP/blank", "blank.png"), ("--data TMP/blank/blank.png", "no data at"), ("--data TMP/text", "text.jpg"),
+    ("--data TMP/head", "head.jpg"), ("--data TMP/other", "other.bmp"), ("--data TMP/dangling", "x.png"), ("--data TMP/folder", "x.png"),
+    ("--data TMP/split", "class that train/ has not: 'b'"),
     ("--data TMP/floats.npz", "uint8"),
     ("--data TMP/grey.npz", "uint8"),
+    ("--data TMP/flat.npz", "uint8"),
+    ("--data TMP/none.npz", "uint8"),
     ("--data TMP/objects.npz", "cannot read"),
     ("--data TMP/torn.npz", "cannot read"),
+    ("--data TMP/text.npz", "cannot read"),
+    ("--data TMP/nothing.npz", "cannot read"),
+    ("--data TMP/huge.npz", "cannot read"),
+    ("--data TMP/nobody.npz", "too few"), ("--data TMP/somebody.npz", "too few"),
+    ("--data TMP/few.npz", "labels"), ("--data TMP/minus.npz", "labels"), ("--data TMP/half.npz", "labels"),
     ("--data TMP/flat --teacher convnet", "one class"),
     ("--teacher nobody", "no teacher"),
     ("--teacher TMP/nan.npy", "not finite"),
+    ("--teacher TMP/vast.npy", "not finite"),
     ("--teacher TMP/zero.npy", "zero"),
     ("--teacher TMP/one.npy", "n > 1"),
     ("--teacher TMP/cube.npy", "(4, 3, 2)"),
+    ("--teacher TMP/words.npy", "nothing"),
     ("--teacher TMP/objects.npy", "cannot read"),
+    ("--teacher TMP/code.npy", "cannot read"),
     ("--teacher TMP/none.pt", "nothing"),
+    ("--teacher TMP/two.pt", "b.c (4, 2)"),
     ("--teacher TMP/code.pt", "cannot read"),
+    ("--teacher TMP/long.pt", "cannot read"),
     ("--teacher TMP/text.pt", "cannot read"),
+    ("--out TMP/text.pt/run", "cannot write"),
     ("--resume", "no run"),
     ("--lr 1 --lambda_recon 1e9 --clip 0 --tokenizer_steps 40", "NaN"),
 ]
 
 @pytest.mark.parametrize("words, expected", BAD, ids=[words for words, _ in BAD])
-def test_bad_input_is_one_line_and_status_2(words, expected, tmp_path, monkeypatch, capsys):
-    broken_inputs(tmp_path)
+def test_bad_input_is_one_line_and_status_2(words, expected, broken, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if expected == "NaN":
         monkeypatch.setattr(train, "psnr", lambda x, y: torch.zeros(1))
         monkeypatch.setattr(train.F, "mse_loss", lambda x, y, real=F.mse_loss: real(x, y) * math.nan)
-    status, said = command(monkeypatch, capsys, *FLAGS, *words.replace("TMP", str(tmp_path)).split(), "--out", tmp_path / "run")
+    status, said = command(monkeypatch, capsys, *FLAGS, "--out", tmp_path / "run", *words.replace("TMP", str(broken)).split())
     assert status == 2 and expected in said[-1] and said[-1].startswith("train.py: "), said
+    assert not (broken / "code ran").exists()
     assert not any("Traceback" in line for line in said)
     assert expected == "NaN" or not (tmp_path / "run").exists()  # nothing was begun
+
+@pytest.mark.parametrize("name", strange_pictures()[0])
+def test_strange_pictures_are_trained_on(name, tmp_path, monkeypatch, capsys):
+    save_pictures(tmp_path / "data" / "one\nclass", 3), save_pictures(tmp_path / "data" / "\u732b", 3)
+    (tmp_path / "data" / "\u732b" / name).write_bytes(strange_pictures()[0][name])
+    status, said = command(monkeypatch, capsys, *FLAGS, "--data", tmp_path / "data", "--tokenizer_steps", 1, "--generator_steps", 1, "--sampling_steps", 1, "--out", tmp_path / "run")
+    assert status == 0 and "7 images" not in said, said
+    assert sum(int(line.split()[1]) + int(line.split()[4]) for line in said if line.startswith("data: ")) == 7
+    if name == "deep.png":
+        picture = fid.decode([tmp_path / "data" / "\u732b" / name], 16)[0, 0].float()
+        assert 100 < picture.mean() < 156  # 16 bits are scaled, not clipped
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e30", "text", ""])
+@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+def test_every_setting_is_in_its_range_or_refused(name, value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--{name}", value, "--out", "nowhere"])
+    try:
+        _, c = train.parse()
+    except BadInput as error:
+        assert name in str(error) or "multiple" in str(error) or "divide" in str(error), error
+        return
+    kept, default = getattr(c, name), next(f.default for f in fields(Config) if f.name == name)
+    assert type(kept) is type(default) and (isinstance(kept, str) or all(math.isfinite(v) and 0 <= v <= 1e9 for v in np.atleast_1d(kept)))
+
+def spoil(run, what):
+    """Damage a finished run in one way."""
+    config = json.loads((run / "config.json").read_text())
+    tokenizer = torch.load(run / "tokenizer.pt", weights_only=True)
+    if what == "NaN":
+        tokenizer["model"]["decoder.0.weight"][0, 0] = math.nan
+    elif what == "keys":
+        del tokenizer["model"]["decoder.0.weight"]
+    elif what == "not a dict":
+        tokenizer = torch.ones(3)
+    elif what == "code":
+        tokenizer = RunsCode(str(run / "code ran"))
+    torch.save(tokenizer, run / "tokenizer.pt")
+    changed = {"other preset": {**config, "channels": 16}, "type": {**config, "channels": "eight"}, "list": [1], "range": {**config, "channels": -3},
+               "null": {**config, "channels": None}, "unknown": {**config, "colour": 3}, "no preset": {k: v for k, v in config.items() if k != "preset"}}
+    if what in changed:
+        (run / "config.json").write_text(json.dumps(changed[what]))
+    if what == "text":
+        (run / "config.json").write_text("{")
+    if what == "torn":
+        (run / "tokenizer.pt").write_bytes((run / "tokenizer.pt").read_bytes()[:-100])
+    if what == "gone":
+        (run / "tokenizer.pt").unlink()
+
+@pytest.mark.parametrize("what", ["NaN", "keys", "not a dict", "code", "other preset", "type", "list", "range", "null", "unknown", "no preset", "text", "torn", "gone"])
+def test_a_damaged_run_is_refused_by_sample_and_by_resume(what, finished, tmp_path, monkeypatch, capsys):
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path, what)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    status, _, err = sample_command(monkeypatch, capsys, tmp_path, "--n", 1, "--out", tmp_path / "x.png")
+    assert status == 2 and len(err.splitlines()) == 1 and err.startswith("sample.py: "), err
+    if what != "gone":  # a run without a tokenizer simply starts again
+        status, said = command(monkeypatch, capsys, "--resume", "--out", tmp_path)
+        assert status == 2 and said[-1].startswith("train.py: ") and not any("Traceback" in line for line in said), said
+        after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        assert {k: v for k, v in after.items() if k != "config.json"} == {k: v for k, v in before.items() if k != "config.json"}
 
 def test_a_folder_with_a_run_is_not_overwritten(finished, monkeypatch, capsys):
     out, _ = finished

@@ -80,13 +80,6 @@ def average(x):
         dist.all_reduce(x)
     return x / WORLD
 
-def encode_together(model, images, device):
-    """Every process encodes its share of images -> all their indices (N, 2, h, w), on the device."""
-    mine = encode_all(model, images, torch.arange(RANK, -(-len(images) // WORLD) * WORLD, WORLD) % len(images), device).to(device)
-    every = [torch.empty_like(mine) for _ in range(WORLD)]  # shares of one size
-    dist.all_gather(every, mine) if WORLD > 1 else every[0].copy_(mine)
-    return torch.stack(every, dim=1).flatten(0, 1)[:len(images)]
-
 # ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)
 def make_teacher(c, data, device):
     """The teacher, made once: {"histogram" (bins,), "moments" (mean and mean squared cosine), ...}; all that training needs."""
@@ -153,7 +146,7 @@ def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, 
     of each of its parts -> (loss, loss terms), backward, a step of the optimizers `peaks`, {name: peak learning rate}, then after(step) -> a
     function for further figures, called when they are logged. Process 0 writes a checkpoint, the states of `parts` and the value `kept`, every
     c.save_every steps, at the end, and on Ctrl-C or SIGTERM after the step. -> kept, {"seconds", "images_per_second", "peak_memory_gb"}."""
-    path, log_path, start, first, spent = out / f"{stage}.pt", out / "log.jsonl", time.time(), 0, 0.0
+    path, log_path, start, first, spent = out / f"{stage}.pt", out / "log.jsonl", time.monotonic(), 0, 0.0
     if path.exists():
         saved = restore(path, parts, device)
         first, spent, kept = saved["step"], saved["seconds"], saved["kept"]
@@ -189,13 +182,13 @@ def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, 
                     raise BadInput(f"a loss became NaN or infinite by step {step}; {path.name} keeps the last good state, if any: lower the learning rate")
                 row = {"stage": stage, "step": step, **dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), **figures()}
                 progress(step, " ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("stage", "step", "norm"))
-                         + f" {(step - first) * batch / (time.time() - start):.3g} images/s")
+                         + f" {(step - first) * batch / (time.monotonic() - start):.3g} images/s")
                 if RANK == 0:
                     with open(log_path, "a") as file:
                         file.write(json.dumps(row) + "\n")
             if RANK == 0 and (step % c.save_every == 0 and healthy or step == steps or stop):
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=step, kept=kept, seconds=spent + time.time() - start)
+                state |= dict(step=step, kept=kept, seconds=spent + time.monotonic() - start)
                 write(path, lambda file: torch.save(state, file))
             if stop and step < steps:
                 print(f"\nstopped after step {step}: continue with --resume --out {out}", file=sys.stderr)
@@ -203,7 +196,7 @@ def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, 
     finally:
         for which, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(which, handler)
-    seconds, peak = spent + time.time() - start, torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, peak = spent + time.monotonic() - start, torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kept, {"seconds": round(seconds, 1), "images_per_second": round(steps * batch / seconds, 2), "peak_memory_gb": round(peak / 2**30, 2)}
 
 # ---------------------------------------------------------------------------------------------------------- the tokenizer
@@ -266,13 +259,17 @@ def train_generator(c, out, data, model, device):
     torch.manual_seed(c.seed)
     generator, far = GENERATORS[c.generator](c).to(device).train(), c.generator == "far"
     optimizer = torch.optim.AdamW(generator.parameters(), c.gen_lr, (0.9, 0.96), weight_decay=c.gen_decay, fused=True)
-    mean, indices, labels = copy.deepcopy(generator).requires_grad_(False), encode_together(model, data.train, device), data.train_labels.to(device)
+    mean, labels, n = copy.deepcopy(generator).requires_grad_(False), data.train_labels.to(device), len(data.train)
+    mine = encode_all(model, data.train, torch.arange(RANK, -(-n // WORLD) * WORLD, WORLD) % n, device).to(device)  # shares of one size
+    every = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(every, mine) if WORLD > 1 else every[0].copy_(mine)
+    indices = torch.stack(every, dim=1).flatten(0, 1)[:n]  # (N, 2, h, w)
     scale = 1.0 if far else model.to_latents(*indices[:1000].unbind(1)).std().item()
     compile_all(c, device, *generator.blocks)
     net = wrap(generator)
     def feed(first):
         for step in range(first, c.generator_steps):
-            i = batch_indices(len(indices), c.gen_batch, step, c.seed).chunk(WORLD)[RANK]
+            i = batch_indices(n, c.gen_batch, step, c.seed).chunk(WORLD)[RANK]
             yield indices[i], labels[i]
     def loss_of(step, part, index, label):
         with torch.no_grad():
@@ -366,7 +363,7 @@ def main():
         dist.destroy_process_group()
 
 def work(args, c, out, device):
-    begin, data = time.time(), load_data(c.data, c.image_size, c.seed)
+    begin, data = time.monotonic(), load_data(c.data, c.image_size, c.seed)
     c, small = replace(c, classes=len(data.classes)), torch.is_tensor(data.train)
     data = data._replace(train=data.train.to(device) if small else data.train)
     print(f"data: {len(data.train)} training and {len(data.held)} held-out images, {c.classes} classes, training images "
@@ -380,7 +377,8 @@ def work(args, c, out, device):
             write(out / "teacher.pt", lambda file: torch.save({**teacher, "made_by": asdict(c)}, file))
     if WORLD > 1:
         dist.barrier()  # the others wait for the teacher
-    teacher = load_checkpoint(out / "teacher.pt")
+    if not {"moments", "histogram"} <= set(teacher := load_checkpoint(out / "teacher.pt")):
+        raise BadInput(f"{out / 'teacher.pt'} is not a teacher that this program made: delete it, and --resume makes it again")
     (mean, square), bound = teacher["moments"], 1 / c.code_dim
     print(f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {square:.3f}; a codebook of dimension {c.code_dim} has at "
           f"least {bound:.3f}{'' if square >= bound else ', so the KL cannot reach 0'}", file=sys.stderr)
@@ -393,7 +391,7 @@ def work(args, c, out, device):
         write_json(out / "metrics.json", metrics)
         draw_curves(out)
         shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        print(f"{out}: {shown}; {time.time() - begin:.0f} s in all")
+        print(f"{out}: {shown}; {time.monotonic() - begin:.0f} s in all")
 
 if __name__ == "__main__":
     run(main)

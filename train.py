@@ -6,7 +6,7 @@
     python train.py --resume --out runs/mine                   # go on where it stopped
     torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
 
-Every setting of glotok.Config is a flag; see --help.
+Every setting of glotok.Config is a flag; a preset gives the defaults.
 """
 import argparse
 import contextlib
@@ -37,17 +37,19 @@ from sample import decode_all, encode_all, fid_of, generate, grid, grid_of_pairs
 
 LOG_EVERY = 20
 MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap", "accumulate", "compile"}  # by --resume
+GROUPS = {"data": "data and teacher", "patch": "the tokenizer", "beta": "its losses, eqs. (3) and (13)", "generator": "the generator",
+          "tokenizer_steps": "training"}  # first setting of a group in --help: its title
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
 
 def parse():
     """Command line -> arguments, Config. A flag overrides the run's own settings (--resume) or the preset's."""
-    parser = Parser()
+    parser = Parser(usage="train.py [--preset P] [--data SPEC] [--out DIR] [--stage S] [--resume] [settings]")
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default shapes)")
     parser.add_argument("--out", metavar="DIR", help="the run folder (default runs/PRESET)")
     parser.add_argument("--stage", default="all", choices=["tokenizer", "generator", "all"], help="what to train (default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
-    group = parser.add_argument_group("settings (defaults of preset shapes)")
     for f in fields(Config):
+        group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)") if f.name in GROUPS else group
         kind = dict(type=int, nargs="+") if isinstance(f.default, tuple) else dict(type=type(f.default))
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=f"{f.metadata['help']} ({f.default})", **kind)
     args = parser.parse(__doc__)

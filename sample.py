@@ -32,14 +32,12 @@ def grid(path, rows, title=""):
     for r, (label, images) in enumerate(rows):
         draw.text((4, top + r * (side + gap) + side // 2), label, INK, font, anchor="lm")
         for i, image in enumerate(images):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + i * (side + gap), top + r * (side + gap)))
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + i * (side + gap), top + r * (side + gap)))
     write(Path(path), lambda file: canvas.save(file, "PNG"))
-
 def grid_of_pairs(path, images, recon, n=12):
     i = spread(len(images), n)
     grid(path, [("original", images[i]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
-
 def plot(path, panels, columns=2, W=560, H=320):
     """panels: a list of (title, x label, [(name, xs, ys), ...], style) -> a PNG; style "line", "log" (of y) or "dots"."""
     canvas = Image.new("RGB", (W * min(columns, len(panels)), H * -(-len(panels) // columns)), "white")
@@ -58,8 +56,7 @@ def plot(path, panels, columns=2, W=560, H=320):
         draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
         for colour, (name, xs, ys) in zip(COLOURS, lines):
             points = list(zip(*place(xs, ys)))
-            for x, y in points if style == "dots" else []:
-                draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour)
+            [draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour) for x, y in points if style == "dots"]
             if style != "dots":
                 draw.line(points if len(points) > 1 else points * 2, colour, 2)
             draw.text((legend, top - 22), name, colour, small)
@@ -67,9 +64,7 @@ def plot(path, panels, columns=2, W=560, H=320):
     write(Path(path), lambda file: canvas.save(file, "PNG"))
 
 # ------------------------------------------------------------------------------------------------------- what a run can do
-def at_once(model):
-    return max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
-
+at_once = lambda model: max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
 @torch.no_grad()
 def encode_all(model, images, at, device):
     """uint8 images (N, 3, H, W), or files; positions at (n,) -> their semantic and visual indices, int32 (n, 2, h, w), on the CPU."""
@@ -78,30 +73,24 @@ def encode_all(model, images, at, device):
         out.append(torch.stack(model.encode(to_float(part, device)), dim=1).int().cpu())
         progress(sum(map(len, out)))
     return torch.cat(out)
-
 @torch.no_grad()
-def decode_all(model, indices, device):
-    """Indices (N, 2, h, w) -> uint8 images on the CPU."""
-    return torch.cat([to_uint8(model.decode(*part.to(device).unbind(1))).cpu() for part in indices.split(at_once(model))])
-
+def decode_all(model, found, device, scale=1.0):
+    """Indices (N, 2, h, w), or generated latents (N, C, h, w) in units of scale -> uint8 images on the CPU."""
+    decode = lambda z: model.from_latents(scale * z) if z.is_floating_point() else model.decode(*z.unbind(1))
+    return torch.cat([to_uint8(decode(part.to(device))).cpu() for part in found.split(at_once(model))])
 def fid_of(reference, images, device):
     """FID of uint8 images (N, 3, H, W) if the network is there; None, and a line that says why, if not."""
     if not (path := fetch(WEIGHTS, download=False)).exists():
-        print(f"note: FID is not measured, for {path} is not there; fid.py downloads it", file=sys.stderr)
-        return None
+        return print(f"note: FID is not measured, for {path} is not there; fid.py downloads it", file=sys.stderr)
     net = load_inception(None, device)
     one, two = (measure(what, x.permute(0, 2, 3, 1).numpy(), net, device)[:2] for what, x in (("reference", reference), ("images", images)))
     return frechet_distance(*one, *two)
-
 @torch.no_grad()
 def generate(model, generator, scale, labels, steps, guidance, seed, first=0, batch=100):
     """Labels (n,) -> uint8 images on the CPU, a batch (100, 3, H, W) at a time from image `first` on; each batch has its own seed."""
     for i in range(first, len(labels), batch):
         torch.manual_seed(seed + i)
-        found = generator.sample(labels[i:i + batch], steps, guidance)  # indices (far) or latents (xar)
-        far = not found.is_floating_point()
-        yield decode_all(model, found, labels.device) if far else torch.cat([to_uint8(model.from_latents(scale * part)).cpu() for part in found.split(at_once(model))])
-
+        yield decode_all(model, generator.sample(labels[i:i + batch], steps, guidance), labels.device, scale)  # latents (xar) or indices (far)
 def write_npz(path, labels, size, key, draw, batch=100):
     """The images of draw(first), a generator of batches from image `first` on -> .npz of arr_0 uint8 (N, H, W, 3) and labels, as ADM's
     evaluator reads it. Finished batches wait in a hidden file that bears `key`: after a stop the same command goes on from there."""
@@ -112,24 +101,33 @@ def write_npz(path, labels, size, key, draw, batch=100):
         progress = Progress("sampling", len(labels), done)
         for images in draw(done):
             file.write(images.permute(0, 2, 3, 1).numpy().tobytes()), file.flush()
-            done += len(images)
-            progress(done)
+            progress(done := done + len(images))
     images = np.memmap(part, np.uint8, "r", shape=(len(labels), size, size, 3))
     write(path, lambda file: np.savez(file, arr_0=images, labels=labels.cpu().numpy()))
     part.unlink()
-
 @torch.no_grad()
 def retain(path, model, original, indices):
     """Figure 4: decode with the visual latents kept at a share of the positions and 0 elsewhere, with and without the semantic ones.
     Paper silent on which are kept: the same random positions in every row, each share within the next."""
     sem, vis = model.composite(*indices.unbind(1))  # (B, T, d)
-    order, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), []
-    for name, semantic, shares in (("semantic + {} % visual", 1, (0, 25, 50, 75, 100)), ("{} % visual alone", 0, (25, 50, 75, 100))):
-        for share in shares:
-            out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None])).cpu()
-            rows.append((f"{name.format(share)}: {psnr(original, out).mean():.1f} dB", out[spread(len(out), 12)]))
-    grid(path, [("original", original[spread(len(original), 12)]), *rows], f"what the visual and the semantic latents carry; PSNR over {len(original)} held-out images")
-
+    order, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), [("original", original[spread(len(original), 12)])]
+    for semantic, share in [(1, share) for share in (0, 25, 50, 75, 100)] + [(0, share) for share in (25, 50, 75, 100)]:
+        out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None])).cpu()
+        rows.append((f"{'semantic + ' * semantic}{share} % visual{' alone' * (1 - semantic)}: {psnr(original, out).mean():.1f} dB", out[spread(len(out), 12)]))
+    grid(path, rows, f"what the visual and the semantic latents carry; PSNR over {len(original)} held-out images")
+@torch.no_grad()
+def probe(model, images, labels, n, device):
+    """Figure 4 as numbers: what linear (ridge) regression from the code vectors of one half, fitted on the first n images, makes of the class and
+    of the mean colour of the others: images uint8 (N, 3, H, W), labels (N,) -> {half: (accuracy, R2 of the colour)}."""
+    y, found = torch.cat([torch.eye(int(labels.max()) + 1)[labels], images.mean((2, 3), dtype=torch.float32)], dim=1), {}
+    indices = encode_all(model, images, torch.arange(len(images)), device).long()
+    for name, codes, index in zip(("semantic", "visual"), (model.codebook_sem, model.codebook_vis), indices.unbind(1)):
+        x = codes.cpu()[index].flatten(1)  # (N, h * w * d)
+        x, mean = (x - x[:n].mean(0)) / x[:n].std(0).clamp_min(1e-6), y[:n].mean(0)
+        guess = mean + x[n:] @ torch.linalg.solve(x[:n].T @ x[:n] + 0.3 * n * torch.eye(x.shape[1]), x[:n].T @ (y[:n] - mean))
+        wrong, apart = ((v - y[n:])[:, -3:].square().sum() for v in (guess, mean))
+        found[name] = (guess[:, :-3].argmax(1) == labels[n:]).float().mean().item(), 1 - (wrong / apart).item()
+    return found
 def measure_uniformity(path, index, codes, labels, classes, runs):
     """Table 3, as VA-VAE: one random position of each image, its code vector normalised per channel, t-SNE to the plane, density
     there; over `runs` runs. index (N, h, w) into codes (n, d) -> {measure: (mean, deviation)}; the scatter of the last run as a PNG."""
@@ -158,8 +156,8 @@ def main():
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     args = parser.parse(__doc__)
     folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
-    given = {name: value for name, value in (("sampling_steps", args.steps), ("guidance", args.guidance)) if value is not None}
-    config = replace(load_config(folder)[0], **given)  # checks their ranges
+    asked = {"sampling_steps": args.steps, "guidance": args.guidance}
+    config = replace(load_config(folder)[0], **{k: v for k, v in asked.items() if v is not None})  # checks their ranges
     specs = list(filter(None, (args.reconstruct, args.retain, args.uniformity)))
     if args.n < 1 or args.seed < 0 or args.runs < 1 or len(specs) > 1 or out.suffix not in ((".png",) if specs else (".png", ".npz")):
         raise BadInput(f"--n {args.n} and --runs {args.runs} must be at least 1, --seed {args.seed} from 0 up, --out {out} end in .png (samples: "
@@ -170,13 +168,16 @@ def main():
         raise BadInput(f"{out} exists: choose another --out, or overwrite it with --force")
     if specs:
         model, data = load_run(folder, device), load_data(specs[0], config.image_size, config.seed)
-        i = spread(len(data.held), config.eval_images if not args.retain else at_once(model))
+        i = spread(len(data.held), min(config.eval_images, 5000) if args.retain else config.eval_images)
         labels, said = data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
         torch.manual_seed(args.seed)
-        held, indices = torch.cat([*stream(data.held, i.split(100), torch.device("cpu"), config.image_size)]), encode_all(model, data.held, i, device)
+        read = lambda images, at: torch.cat([*stream(images, at.split(100), torch.device("cpu"), config.image_size)])
+        indices = encode_all(model, held := read(data.held, i), torch.arange(len(i)), device)
         if args.retain:
-            retain(out, model, held, indices.to(device))
-            said += ", decoded from parts of their latents"
+            few, some = spread(len(held), at_once(model)), torch.randperm(len(data.train))[:4000]
+            retain(out, model, held[few], indices[few].to(device))
+            found = probe(model, torch.cat([read(data.train, some), held]), torch.cat([data.train_labels[some], labels]), len(some), device)
+            said += "".join(f"\n{half} codes alone: a linear probe finds the class of {100 * right:.1f} %, the mean colour with R2 {r2:.3f}" for half, (right, r2) in found.items())
         elif args.uniformity:
             found = measure_uniformity(out, indices[:, 0], model.codebook_sem.detach(), labels, data.classes, args.runs)
             said += f": {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs"
@@ -184,8 +185,7 @@ def main():
             recon = decode_all(model, indices, device)
             grid_of_pairs(out, held, recon)
             said += f": PSNR {psnr(held, recon).mean():.2f} dB" + ("" if (fid := fid_of(held, recon, device)) is None else f", FID {fid:.3f}")
-        print(said)
-        return
+        return print(said)
     classes, (model, generator, scale) = args.classes or list(range(config.classes)), load_run(folder, device, generator=True)
     labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
     draw = lambda first=0: generate(model, generator, scale, labels, config.sampling_steps, config.guidance, args.seed, first)

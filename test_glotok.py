@@ -1425,7 +1425,7 @@ def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, 
         assert status == 0 and "10 pictures of classes 3, 5" in said
         grids.append((tmp_path / f"{name}.png").read_bytes())
     assert grids[0] == grids[1] != grids[2]
-    for flag, expected in (("--reconstruct", f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB"), ("--retain", "parts of their latents"),
+    for flag, expected in (("--reconstruct", f"{json.loads((finished[0] / 'metrics.json').read_text())['psnr']:.2f} dB"), ("--retain", "visual codes alone: a linear probe"),
                            ("--uniformity", "density_cv")):
         status, said, _ = sample_command(monkeypatch, capsys, finished[0], flag, "shapes", "--runs", 2, "--out", tmp_path / f"{flag}.png")
         assert status == 0 and expected in said
@@ -1468,6 +1468,25 @@ def test_retain_keeps_what_it_says(tmp_path, monkeypatch):
         assert torch.equal(s, sem * with_sem)
         whole = (v == vis).all(2)
         assert ((v == 0).all(2) | whole).all() and (whole.sum(1) == share * 64 // 100).all()  # 64 positions
+
+def test_probe_is_ridge_regression_of_each_half(monkeypatch):
+    """Images of one colour each, whose level decides class and visual codes alone; the regression solved anew by least squares."""
+    torch.manual_seed(0)
+    model, level = GloTok(TINY).eval(), torch.rand(400)
+    images, labels = (255 * level)[:, None, None, None].expand(-1, 3, 16, 16).byte(), (level > 0.5).long()
+    indices = torch.randint(len(model.codebook_sem), (400, 2, 8, 8))
+    indices[:, 1] = (level * len(model.codebook_vis)).long()[:, None, None]
+    monkeypatch.setattr(sample, "encode_all", lambda model, images, at, device: indices.int())
+    found, n = sample.probe(model, images, labels, 300, torch.device("cpu")), 300
+    for half, name, codes in ((0, "semantic", model.codebook_sem), (1, "visual", model.codebook_vis)):
+        x = codes.detach()[indices[:, half]].reshape(400, -1).double().numpy()
+        x = (x - x[:n].mean(0)) / x[:n].std(0, ddof=1)
+        y = np.concatenate([np.eye(2)[labels], images[:, :, 0, 0].numpy()], axis=1)
+        rows, targets = np.concatenate([x[:n], np.sqrt(0.3 * n) * np.eye(x.shape[1])]), np.concatenate([y[:n] - y[:n].mean(0), np.zeros((x.shape[1], 5))])
+        guess = x[n:] @ np.linalg.lstsq(rows, targets, rcond=None)[0] + y[:n].mean(0)
+        r2 = 1 - ((guess - y[n:])[:, 2:] ** 2).sum() / ((y[n:] - y[:n].mean(0))[:, 2:] ** 2).sum()
+        assert found[name] == pytest.approx(((guess[:, :2].argmax(1) == labels[n:].numpy()).mean(), r2), abs=2e-3)
+    assert found["visual"][0] > 0.7 > 0.65 > found["semantic"][0] and found["visual"][1] > 0.3 > 0.1 > found["semantic"][1]
 
 @pytest.mark.parametrize("words, expected", [
     ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),

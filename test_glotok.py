@@ -1486,7 +1486,7 @@ def test_probe_is_ridge_regression_of_each_half(monkeypatch):
         guess = x[n:] @ np.linalg.lstsq(rows, targets, rcond=None)[0] + y[:n].mean(0)
         r2 = 1 - ((guess - y[n:])[:, 2:] ** 2).sum() / ((y[n:] - y[:n].mean(0))[:, 2:] ** 2).sum()
         assert found[name] == pytest.approx(((guess[:, :2].argmax(1) == labels[n:].numpy()).mean(), r2), abs=2e-3)
-    assert found["visual"][0] > 0.7 > 0.65 > found["semantic"][0] and found["visual"][1] > 0.3 > 0.1 > found["semantic"][1]
+    assert found["visual"][0] > found["semantic"][0] + 0.2 and found["visual"][1] > found["semantic"][1] + 0.2  # their half decides
 
 @pytest.mark.parametrize("words, expected", [
     ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),

@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import fcntl
 import functools
 import hashlib
 import io
@@ -1160,6 +1161,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr.splitlines()[-1]
     assert (tmp_path / "tokenizer.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+def test_two_runs_do_not_share_a_folder(finished, tmp_path, monkeypatch, capsys):
+    for file in finished[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as the other run does
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    try:
+        status, said = command(monkeypatch, capsys, "--resume", "--generator_steps", 21, "--out", tmp_path)
+    finally:
+        os.close(folder)
+    assert status == 2 and "another process is training there" in said[-1] and before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for _ in range(2):  # a run that has ended, in this very process, holds nothing
+        assert command(monkeypatch, capsys, "--resume", "--out", tmp_path)[0] == 0
+
+@pytest.mark.parametrize("line", ["{x}", '{"step": 3}', '["stage"]}', '{"stage": "generator", "step": null}', '"\\ud800}'])
+def test_a_damaged_log_is_named(line, finished, tmp_path, monkeypatch, capsys):
+    for file in finished[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    status, said = command(monkeypatch, capsys, "--resume", "--out", tmp_path)
+    assert status == 2 and "log.jsonl is damaged" in said[-1] and (tmp_path / "log.jsonl").read_text() == line + "\n"
 
 def test_every_loss_can_be_switched_on_and_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_lpips", lambda device: LPIPS().to(device))

@@ -11,6 +11,7 @@ Every setting of glotok.Config is a flag; a preset gives the defaults.
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import json
 import os
@@ -70,12 +71,10 @@ def parse():
 # ------------------------------------------------------------------- one batch, many processes (torchrun) and parts (--accumulate)
 # Every process takes an equal share of every batch, in --accumulate parts one after the other. Random numbers are drawn for the whole
 # batch and each part takes its own: any division of the batch makes the same step, up to rounding.
-
 def wrap(net):
     """What a training step calls: net, its gradients averaged over the processes if there are several."""
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is not in torch 2.5
     return net if WORLD == 1 else DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-
 def average(x):
     """The mean of a tensor over the processes."""
     if WORLD > 1:
@@ -94,12 +93,10 @@ def make_teacher(c, data, device):
         vectors = read_vectors(c.teacher)
         extra = {"sha256": sha256(c.teacher if Path(c.teacher).exists() else c.teacher.rpartition(":")[0])}
     return {"histogram": relation_histogram(vectors.to(device), c.bins).cpu(), "moments": cosine_moments(vectors), "vectors": len(vectors), **extra}
-
 def load_convnet(teacher, device):
     net = ConvNet(teacher["classes"]).to(device).eval()
     net.load_state_dict(teacher["convnet"])
     return net
-
 def teacher_features(teacher, device):
     """The teacher network as a function of images in [-1, 1] -> features (B, D, H, W)."""
     if "convnet" in teacher:
@@ -108,7 +105,6 @@ def teacher_features(teacher, device):
     restore(fetch("dinov2_vits14_pretrain.pth"), {None: net})
     resized = lambda x: F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
     return lambda x: net(resized(x)).transpose(1, 2).unflatten(2, (16, 16))
-
 @torch.no_grad()
 def patch_centres(c, data, features, device, limit=10000, patches=5):
     """k-means centres (teacher_centres, D) of features(images in [-1, 1]) -> (B, D, H, W): some patches of up to `limit` images."""
@@ -120,7 +116,6 @@ def patch_centres(c, data, features, device, limit=10000, patches=5):
         found.append(f[:, torch.randperm(f.shape[1], generator=g)[:patches]].flatten(0, 1))
         progress(sum(map(len, found)) // patches)
     return kmeans(torch.cat(found), min(c.teacher_centres, sum(map(len, found)))).cpu()
-
 def train_convnet(c, data, device, steps=300, batch=64):
     """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
     if len(data.classes) < 2:
@@ -136,7 +131,6 @@ def train_convnet(c, data, device, steps=300, batch=64):
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         progress(step + 1, f"loss {loss.item():.3f}")
     return net.eval()
-
 def load_lpips(device):
     net, files = LPIPS(), ("vgg16-397923af.pth", "vgg.pth")
     weights = [load_checkpoint(fetch(name)) for name in files]
@@ -293,7 +287,6 @@ def load_judge(teacher, device):
         return None
     net = load_convnet(teacher, device)
     return lambda images: torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in images.split(100)])
-
 @torch.no_grad()
 def report_tokenizer(c, out, data, teacher, model, before, figures, device):
     """Held-out figures, and three pictures in the run folder."""
@@ -316,7 +309,6 @@ def report_tokenizer(c, out, data, teacher, model, before, figures, device):
         (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins))], "line")])
     write_json(out / "metrics.json", metrics)
     return metrics
-
 def report_generator(c, out, data, teacher, model, generator, scale, figures, device, each=16):
     """samples.png, one row a class, and how often the convnet teacher sees the class that was asked for."""
     shown, judge = min(len(data.classes), 10), load_judge(teacher, device)
@@ -325,14 +317,15 @@ def report_generator(c, out, data, teacher, model, generator, scale, figures, de
     grid(out / "samples.png", [(data.classes[k], images[k * each:][:12]) for k in range(shown)], f"generated, guidance {c.guidance:g}")
     accuracy = {"samples_class_accuracy": (judge(images) == labels.cpu()).float().mean().item()} if judge else {}
     return {**{f"generator_{k}": v for k, v in figures.items()}, **accuracy}
-
 def read_log(out):
     path = out / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return [row for row in rows if row["stage"] and row["step"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error}): move it away, and --resume goes on without the old curves") from None
 def write_json(path, value):
     write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
 def draw_curves(out):
     rows, panels = read_log(out), []
     for stage, title, style, *names in (
@@ -359,12 +352,20 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32, where glotok.exact does not forbid it
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):  # process 0 speaks for all; errors leave this block
-        work(args, c, args.out, device)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr), contextlib.ExitStack() as stack:
+        work(args, c, args.out, device, stack.callback)  # process 0 speaks for all; errors leave this block
+    WORLD > 1 and dist.destroy_process_group()
 
-def work(args, c, out, device):
+def lock(out, at_exit):
+    """Make the run folder, and keep other processes from training there until at_exit's functions are called."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        at_exit(os.close, folder := os.open(out, os.O_RDONLY))
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if (taken := isinstance(error, BlockingIOError)) or error.filename:  # neither: a file system without locks
+            raise BadInput(f"cannot write {out}: {'another process is training there' if taken else error.strerror}") from None
+def work(args, c, out, device, at_exit):
     begin, data = time.monotonic(), load_data(c.data, c.image_size, c.seed)
     c, small = replace(c, classes=len(data.classes)), torch.is_tensor(data.train)
     data = data._replace(train=data.train.to(device) if small else data.train)
@@ -374,11 +375,11 @@ def work(args, c, out, device):
     perceptual = load_lpips(device) if c.lambda_perceptual else None  # what may fail for want of a file comes before anything is written
     if RANK == 0:
         teacher = None if args.resume and (out / "teacher.pt").exists() else make_teacher(c, data, device)
+        lock(out, at_exit)
         write_json(out / "config.json", {"preset": args.preset, **asdict(c)})
         if teacher:
             write(out / "teacher.pt", lambda file: torch.save({**teacher, "made_by": asdict(c)}, file))
-    if WORLD > 1:
-        dist.barrier()  # the others wait for the teacher
+    WORLD > 1 and dist.barrier()  # the others wait for the teacher
     if not {"moments", "histogram"} <= set(teacher := load_checkpoint(out / "teacher.pt")):
         raise BadInput(f"{out / 'teacher.pt'} is not a teacher that this program made: delete it, and --resume makes it again")
     (mean, square), bound = teacher["moments"], 1 / c.code_dim

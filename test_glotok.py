@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -1510,6 +1511,37 @@ def test_probe_is_ridge_regression_of_each_half(monkeypatch):
         r2 = 1 - ((guess - y[n:])[:, 2:] ** 2).sum() / ((y[n:] - y[:n].mean(0))[:, 2:] ** 2).sum()
         assert found[name] == pytest.approx(((guess[:, :2].argmax(1) == labels[n:].numpy()).mean(), r2), abs=2e-3)
     assert found["visual"][0] > found["semantic"][0] + 0.2 and found["visual"][1] > found["semantic"][1] + 0.2  # their half decides
+
+README = (Path(train.__file__).parent / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d) ((?:train|sample|fid)\.py(?: [^`\n]*)?)[`\n]", README.replace("\\\n", ""))))
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_of_the_readme(words, finished, tmp_path, monkeypatch, capsys):
+    """sample.py's are run, on a small run; of train.py's and fid.py's the flags and values are read."""
+    script, *words = re.sub(r"\$[A-Z]+", lambda name: re.search(f'^{name[0][1:]}="(.*)"$', README, re.M)[1], words.split("#")[0]).split()
+    monkeypatch.chdir(tmp_path)
+    if script == "sample.py" or "--resume" in words:
+        folder = Path("runs/shapes" if script == "train.py" else words[0])
+        folder.mkdir(parents=True)
+        for file in finished[0].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    if script == "sample.py":
+        words = [re.sub("FOLDER|CIFAR", "shapes", word) for word in words]
+        assert sample_command(monkeypatch, capsys, *words)[0] == 0 and Path(words[words.index("--out") + 1]).exists()
+    elif script == "train.py":
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        if "--help" in words:
+            pytest.raises(SystemExit, train.parse)
+            return
+        assert isinstance(train.parse()[1], Config)
+    else:
+        monkeypatch.setattr(sys, "argv", ["fid.py", *words])
+        looked_for = []
+        monkeypatch.setattr(fid, "fetch", lambda name, **_: looked_for.append(name) or Path("not there"))
+        monkeypatch.setattr(fid, "load_data", lambda *_: looked_for.append("data") or sys.exit())
+        with pytest.raises((SystemExit, glotok.BadInput)) as stopped:
+            fid.main()
+        assert looked_for or re.search(re.escape(words[0]), str(stopped.value))
 
 @pytest.mark.parametrize("words, expected", [
     ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),

@@ -156,12 +156,12 @@ def main():
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     args = parser.parse(__doc__)
     folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
-    asked = {"sampling_steps": args.steps, "guidance": args.guidance}
-    config = replace(load_config(folder)[0], **{k: v for k, v in asked.items() if v is not None})  # checks their ranges
+    config = replace(load_config(folder)[0], **{k: v for k, v in {"sampling_steps": args.steps, "guidance": args.guidance}.items() if v is not None})
     specs = list(filter(None, (args.reconstruct, args.retain, args.uniformity)))
-    if args.n < 1 or args.seed < 0 or args.runs < 1 or len(specs) > 1 or out.suffix not in ((".png",) if specs else (".png", ".npz")):
-        raise BadInput(f"--n {args.n} and --runs {args.runs} must be at least 1, --seed {args.seed} from 0 up, --out {out} end in .png (samples: "
-                       "or .npz), and at most one of --reconstruct, --retain, --uniformity be given")
+    if len(specs) > 1 or out.suffix not in (".png", ".png" if specs else ".npz") or not (
+            0 < args.n <= 10**(7 if out.suffix == ".npz" else 4) and 0 <= args.seed < 2**31 and 0 < args.runs <= 1000):
+        raise BadInput(f"--n {args.n} must lie in 1 to 10,000 (.npz: 10 million), --runs {args.runs} in 1 to 1,000, --seed {args.seed} in 0 to 2^31 - 1, "
+                       f"--out {out} end in .png (samples: or .npz), and at most one of --reconstruct, --retain, --uniformity be given")
     if strange := [k for k in args.classes or [] if not 0 <= k < config.classes]:
         raise BadInput(f"--classes {strange[0]}: the run has classes 0 to {config.classes - 1}")
     if out.exists() and not args.force:
@@ -186,7 +186,7 @@ def main():
             grid_of_pairs(out, held, recon)
             said += f": PSNR {psnr(held, recon).mean():.2f} dB" + ("" if (fid := fid_of(held, recon, device)) is None else f", FID {fid:.3f}")
         return print(said)
-    classes, (model, generator, scale) = args.classes or list(range(config.classes)), load_run(folder, device, generator=True)
+    classes, (model, generator, scale) = args.classes or [*range(config.classes)], load_run(folder, device, generator=True)
     labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
     draw = lambda first=0: generate(model, generator, scale, labels, config.sampling_steps, config.guidance, args.seed, first)
     if out.suffix == ".npz":

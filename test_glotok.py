@@ -1544,10 +1544,11 @@ def test_every_command_of_the_readme(words, finished, tmp_path, monkeypatch, cap
         assert looked_for or re.search(re.escape(words[0]), str(stopped.value))
 
 @pytest.mark.parametrize("words, expected", [
-    ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --guidance -1", "guidance is -1"), ("RUN --steps 0", "sampling_steps is 0"),
+    ("nowhere", "no run"), ("RUN --classes 6", "classes 0 to 5"), ("RUN --steps 0", "sampling_steps is 0"),
     ("RUN --n 0", "--n 0"), ("RUN --out x.jpg", "x.jpg"),
     ("RUN --retain shapes --out x.npz", "x.npz"), ("RUN --retain shapes --uniformity shapes", "at most one"), ("RUN --retain nowhere", "no data at"), ("RUN --runs 0", "--runs 0"),
-    ("RUN --guidance nan", "guidance is nan"), ("RUN --out old.png", "exists"), ("RUN --gidance 2", "'--guidance'"), ("BARE", "--stage generator")])
+    *((f"RUN {flag} {value}", flag[1:].replace("-steps", "steps")) for flag in ("--n", "--seed", "--runs", "--steps", "--classes") for value in ("-1", "nan", "1e30", 10**20, "x")),
+    *((f"RUN --guidance {value}", "guidance") for value in ("-1", "nan", "1e30", "x", "inf")), ("RUN --n 10001", "10,000"), ("RUN --out old.png", "exists"), ("RUN --gidance 2", "'--guidance'"), ("BARE", "--stage generator")])
 def test_sample_refuses_bad_input(words, expected, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old.png").write_text("precious")

@@ -208,8 +208,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """Logits (N, 1008) -> mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))): sure of each image, and of many kinds.
     Shuffled first, and with torch-fidelity's seed to give its very number: images in order of class would fool the splits."""
-    p = torch.as_tensor(logits)[np.random.RandomState(2020).permutation(len(logits))].double().softmax(1)
-    parts = p.tensor_split([i * len(p) // splits for i in range(1, splits)])
+    shuffled = np.random.RandomState(2020).permutation(n := len(logits))
+    parts = (torch.as_tensor(logits)[at].double().softmax(1) for at in np.split(shuffled, [i * n // splits for i in range(1, splits)]))
     scores = torch.stack([torch.special.xlogy(part, part / part.mean(0)).sum(1).mean().exp() for part in parts])
     return scores.mean().item(), scores.std(correction=0).item()
 

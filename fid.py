@@ -17,6 +17,8 @@ from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
 import torch.nn as nn
@@ -66,7 +68,6 @@ def fetch(name, folder=None, download=True):
 # --------------------------------------------------------------------------------------------------------------- data sets
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, if torchrun started them
 Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W) or files, int64 (N,), twice; the classes' names
-
 def load_data(spec, size, seed=0):
     """A data SPEC (above) as Data, every image size x size."""
     if spec == "shapes":
@@ -221,7 +222,6 @@ GRAPH = {  # block: pool, branches side by side (channels@kernel; "s" strides by
     "6b": C.format(128), "6c": C.format(160), "6d": C.format(160), "6e": C.format(192),
     "7a": "halve branch3x3=192,320@3s branch7x7x3=192,192@1x7,192@7x1,192@3s branch_pool=", "7b": "mean" + E, "7c": "max" + E}
 POOLS = {"mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
-
 def unit(c_in, c_out, kernel="1", pad=True):
     """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides or pad is False."""
     stride, size = 1 + kernel.endswith("s"), (2 * [int(k) for k in kernel.rstrip("s").split("x")])[:2]

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import pickle
+import signal
 import sys
 import time
 import zipfile
@@ -546,7 +547,6 @@ def rotate(x, angles):
     a, b = x.float().unflatten(3, (-1, 2)).unbind(4)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=4).flatten(3).to(x.dtype)
-
 def positions(side):  # of a grid, row by row: (side * side, 2)
     return torch.cartesian_prod(*2 * [torch.arange(side)]).float()
 def rotary_angles(at, width):
@@ -682,6 +682,7 @@ GENERATORS = {"xar": XAR, "far": FAR}
 # ------------------------------------------------------------------- what the scripts share: talking to the user, reading files
 def run(main):
     """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except BadInput as error:
@@ -805,7 +806,6 @@ class SpatialAttention(nn.Module):
 def downsample(channels):
     """Halve (B, c, H, W). The pad is right and bottom alone, (0, 1, 0, 1): with stride 2 a symmetric one shifts the grid."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(channels, channels, stride=2))
-
 def middle(channels):
     return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
 def level(c_in, c_out, blocks, lowest):

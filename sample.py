@@ -7,10 +7,13 @@
     python sample.py runs/shapes --uniformity shapes --out scatter.png                      # table 3: how evenly latents lie
 """
 import hashlib
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -20,7 +23,6 @@ from glotok import BadInput, Parser, Progress, load_config, load_run, psnr, run,
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 INK, RULE, COLOURS = (30, 30, 30), (225, 225, 225), ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878", "#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
-
 def grid(path, rows, title=""):
     """rows: a list of (label, uint8 (n, 3, H, W)) -> a PNG, one labelled row each, small pictures enlarged."""
     rows = [(" ".join(label.split()), images) for label, images in rows]  # a class may be called anything
@@ -36,8 +38,7 @@ def grid(path, rows, title=""):
             canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + i * (side + gap), top + r * (side + gap)))
     write(Path(path), lambda file: canvas.save(file, "PNG"))
 def grid_of_pairs(path, images, recon, n=12):
-    i = spread(len(images), n)
-    grid(path, [("original", images[i]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
+    grid(path, [("original", images[i := spread(len(images), n)]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
 def plot(path, panels, columns=2, W=560, H=320):
     """panels: a list of (title, x label, [(name, xs, ys), ...], style) -> a PNG; style "line", "log" (of y) or "dots"."""
     canvas = Image.new("RGB", (W * min(columns, len(panels)), H * -(-len(panels) // columns)), "white")
@@ -52,8 +53,7 @@ def plot(path, panels, columns=2, W=560, H=320):
             draw.line([place(x, y0), place(x, y1)], RULE), draw.line([place(x0, y), place(x1, y)], RULE)
             draw.text((place(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
             draw.text((left - 5, place(x, y)[1]), f"{10**y if style == 'log' else y:.3g}", INK, small, anchor="rm")
-        draw.text((left, top - 43), title, INK, font)
-        draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
+        draw.text((left, top - 43), title, INK, font), draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
         for colour, (name, xs, ys) in zip(COLOURS, lines):
             points = list(zip(*place(xs, ys)))
             [draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour) for x, y in points if style == "dots"]

@@ -1163,6 +1163,53 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr.splitlines()[-1]
     assert (tmp_path / "tokenizer.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
 
+@pytest.mark.parametrize("words, when, kept", [
+    ("train.py --preset shapes", 0.8, False), ("sample.py RUN", 0.8, False), ("fid.py A.npz A.npz", 0.8, False),  # among the imports
+    ("train.py --preset shapes", "data: ", False),  # next its teacher is trained
+    ("train.py FLAGS --tokenizer_steps 90000", "tokenizer: ", True),
+    ("train.py FLAGS --generator_steps 90000", "tokenizer step 20/20", True),  # next pictures are drawn, then the generator is trained
+    ("fid.py A.npz A.npz --weights NET", "not the published", False)])
+def test_ctrl_c_at_each_stage(words, when, kept, finished, inception_file, tmp_path):
+    """Status 130, or among the imports death by the signal, which shells call 130; no traceback, nothing half-written."""
+    np.savez(tmp_path / "A.npz", np.zeros((500, 64, 64, 3), np.uint8))
+    words = words.replace("FLAGS", " ".join([*FLAGS, "--out", "run"])).replace("RUN", str(finished[0])).replace("NET", str(inception_file)).split()
+    with subprocess.Popen([sys.executable, Path(train.__file__).with_name(words[0]), *words[1:]], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        for line in process.stderr if isinstance(when, str) else ():
+            if when in line:
+                break
+        time.sleep(when if isinstance(when, float) else 0.3)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode in ((130, -signal.SIGINT) if isinstance(when, float) else (130,)) and "Traceback" not in said, said
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+    assert {"config.json", "teacher.pt", "tokenizer.pt"} <= set(os.listdir(tmp_path / "run")) if kept else os.listdir(tmp_path) == ["A.npz"]
+
+@pytest.mark.parametrize("words, expected", [
+    ("--data cifar10", "cannot download cifar-10-binary"), ("--teacher dinov2", "cannot download dinov2"), ("--semantic local --teacher dinov2", "cannot download"),
+    ("--lambda_perceptual 1", "cannot download vgg16"), ("HOSTILE --data cifar10", "not the published file"), ("HOSTILE --teacher dinov2", "not the published file")])
+@pytest.mark.parametrize("home", ["home", "absent", "file"])
+def test_without_network_or_home(home, words, expected, tmp_path, monkeypatch, capsys):
+    """And with a hostile archive or pickle in the place of a download: refused by its SHA-256 before anything reads it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    Path("file").write_text("no folder"), Path("home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    for name, (_, digest) in list(fid.PUBLISHED.items()):
+        monkeypatch.setitem(fid.PUBLISHED, name, (tmp_path.as_uri() + "/nowhere/", digest))
+    words = words.split()
+    if words[0] == "HOSTILE":
+        del words[0]
+        for path in (Path("data/cifar-10-binary.tar.gz"), tmp_path / home / ".cache/torch/hub/checkpoints/dinov2_vits14_pretrain.pth"):
+            if home == "file" and path.is_absolute():
+                pytest.skip("there is no place for it")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pickle.dumps(RunsCode("code ran")))
+    before = sorted(p for p in Path().rglob("*") if p.is_file())
+    status, said = command(monkeypatch, capsys, *FLAGS, "--out", "run", *words)
+    assert status == 2 and expected in said[-1] and said[-1].startswith("train.py: ") and not any("Traceback" in line for line in said), said
+    assert sorted(p for p in Path().rglob("*") if p.is_file()) == before and not Path("run").exists() and not Path("code ran").exists()
+
 def test_two_runs_do_not_share_a_folder(finished, tmp_path, monkeypatch, capsys):
     for file in finished[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -1345,7 +1392,7 @@ BAD = [
     ("--teacher TMP/code.pt", "cannot read"),
     ("--teacher TMP/long.pt", "cannot read"),
     ("--teacher TMP/text.pt", "cannot read"),
-    ("--out TMP/text.pt/run", "cannot write"),
+    ("--out TMP/text.pt/run", "cannot write"), ("--out /proc/run", "cannot write"),
     ("--resume", "no run"),
     ("--lr 1 --lambda_recon 1e9 --clip 0 --tokenizer_steps 40", "NaN"),
 ]

@@ -1,7 +1,6 @@
 """Train GloTok.
 
     python train.py                                            # preset shapes: no download, no GPU, minutes
-    python train.py --preset cifar10 --data cifar10            # real photographs, one GPU
     python train.py --preset cifar10 --data FOLDER --out runs/mine --tokenizer_steps 5000
     python train.py --resume --out runs/mine                   # go on where it stopped
     torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
@@ -25,6 +24,8 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -77,8 +78,7 @@ def wrap(net):
     return net if WORLD == 1 else DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 def average(x):
     """The mean of a tensor over the processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
+    WORLD > 1 and dist.all_reduce(x)
     return x / WORLD
 
 # ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)

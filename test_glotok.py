@@ -47,6 +47,17 @@ FLAGS = [word for k in ("patch", "channels", "channel_mult", "z_channels", "widt
 def seeded():
     torch.manual_seed(0)
 
+def script(monkeypatch, capsys, module, *argv):
+    """`python MODULE.py ARGV` in this process -> its exit status, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    try:
+        glotok.run(module.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    return status, said.out.strip(), said.err.strip()
+
 def random_images(n=2, size=16):
     return torch.rand(n, 3, size, size) * 2 - 1
 
@@ -912,14 +923,8 @@ def test_inception_score_by_hand():
     assert fid.inception_score(50 * torch.eye(7).repeat(100, 1), splits=1)[0] == pytest.approx(7)  # sure, and of seven kinds
 
 def fid_command(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, argv)])
-    try:
-        fid.run(fid.main)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    said = capsys.readouterr()
-    return status, dict(line.split(" ", 1) for line in said.out.splitlines()), said.err.strip()
+    status, out, err = script(monkeypatch, capsys, fid, *argv)
+    return status, dict(line.split(" ", 1) for line in out.splitlines()), err
 
 def test_fid_command(tmp_path, inception_file, monkeypatch, capsys):
     """Folders of mixed sizes and arrays give the distance that NumPy finds from the same network's features; statistics stand in for images."""
@@ -982,14 +987,8 @@ def test_fid_refuses_bad_input(words, expected, tmp_path, inception_file, monkey
 # ---------------------------------------------------------------------------------------------------------------- commands
 
 def command(monkeypatch, capsys, *argv):
-    """`python train.py ARGV` in this process -> exit status, lines on standard error."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-    try:
-        fid.run(train.main)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err.strip().splitlines()
+    status, _, err = script(monkeypatch, capsys, train, *argv)
+    return status, err.splitlines()  # of standard error
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -1479,14 +1478,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, monkeypatch, capsys):
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 def sample_command(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
-    try:
-        fid.run(sample.main)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    said = capsys.readouterr()
-    return status, said.out.strip(), said.err.strip()
+    return script(monkeypatch, capsys, sample, *argv)
 
 def test_sample_draws_classes_and_reconstructs(finished, tmp_path, monkeypatch, capsys):
     grids = []

@@ -53,7 +53,7 @@ def parse():
     for f in fields(Config):
         group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)") if f.name in GROUPS else group
         kind = dict(type=int, nargs="+") if isinstance(f.default, tuple) else dict(type=type(f.default))
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=f"{f.metadata['help']} ({f.default})", **kind)
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=f"{f.metadata['help']} ({str(f.default).strip('()')})", **kind)
     args = parser.parse(__doc__)
     given = {f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v for f in fields(Config) if hasattr(args, f.name)}
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")

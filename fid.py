@@ -337,14 +337,14 @@ def main():
         raise BadInput("--paired wants as many samples as reference images, and images of both; --save-stats wants a name in .npz")
     net = None if all(known) else load_inception(args.weights, device)
     (mu1, sigma1, _), (mu2, sigma2, logits) = (s if k else measure(spec, s, net, device, args.skip_bad) for spec, s, k in zip(specs, sets, known))
-    if args.save_stats:
-        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
     print(f"fid {frechet_distance(mu1, sigma1, mu2, sigma2):.6f}")
     if logits is not None:
         print("is {:.6f} {:.6f}".format(*inception_score(logits)))
     if args.paired:
         pairs = zip(*(decoded(spec, s, fit, 0) for spec, s in zip(specs, sets)))
         print(f"psnr {torch.cat([psnr(a[None], b[None]) for (_, a), (_, b) in pairs]).mean():.4f}")
+    if args.save_stats:  # last: a disk that fails costs no figure
+        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
 
 if __name__ == "__main__":
     run(main)

@@ -681,11 +681,11 @@ class FAR(nn.Module):
 GENERATORS = {"xar": XAR, "far": FAR}
 # ------------------------------------------------------------------- what the scripts share: talking to the user, reading files
 def run(main):
-    """main(), with what the user can mend as one line on standard error (status 2) and Ctrl-C as status 130."""
+    """main(), with what the user can mend, disks included, as one line on standard error (status 2) and Ctrl-C as status 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print("\r\033[K" * sys.stderr.isatty() + f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -95,6 +95,7 @@ def write_npz(path, labels, size, key, draw, batch=100):
     """The images of draw(first), a generator of batches from image `first` on -> .npz of arr_0 uint8 (N, H, W, 3) and labels, as ADM's
     evaluator reads it. Finished batches wait in a hidden file that bears `key`: after a stop the same command goes on from there."""
     part, whole = path.with_name(f".{path.name}.{key}.part"), batch * size * size * 3
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file:
         done = min(file.tell() // whole * batch, len(labels))
         file.truncate(done // batch * whole)
@@ -107,8 +108,7 @@ def write_npz(path, labels, size, key, draw, batch=100):
     part.unlink()
 @torch.no_grad()
 def retain(path, model, original, indices):
-    """Figure 4: decode with the visual latents kept at a share of the positions and 0 elsewhere, with and without the semantic ones.
-    Paper silent on which are kept: the same random positions in every row, each share within the next."""
+    """Figure 4: decode with the visual latents at a share of the positions (paper silent: random ones, each share within the next), 0 elsewhere."""
     sem, vis = model.composite(*indices.unbind(1))  # (B, T, d)
     order, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), [("original", original[spread(len(original), 12)])]
     for semantic, share in [(1, share) for share in (0, 25, 50, 75, 100)] + [(0, share) for share in (25, 50, 75, 100)]:

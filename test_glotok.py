@@ -970,11 +970,19 @@ def test_paired_psnr_and_bad_images(tmp_path, inception_file, monkeypatch, capsy
     ("nowhere A.npz", "no data at"), ("EMPTY A.npz", "no images"), ("FLOATS.npz A.npz", "uint8"), ("A.npz STATS.npz", "mu (2048,)"), ("A.npz ONE.npz", "at least 2"),
     ("A.npz A.npz --weights text.pth", "cannot read"), ("A.npz A.npz --weights other.pth", "other weights"), ("A.npz A.npz --weights gone.pth", "cannot read"),
     ("A.npz B.npz --paired", "--paired"), ("A.npz A.npz --save-stats x.txt", ".npz"), ("A.npz", "samples"), ("A.npz A.npz --wieghts x", "'--weights'"),
+    ("A.npz NAN.npz", "finite statistics"), ("A.npz OBJECTS.npz", "cannot read"), ("A.npz TORN.npz", "cannot read"), ("A.npz A.npz --weights code.pth", "cannot read"),
+    ("A.npz NOBODY.npz", "at least 2"), ("ROTTEN A.npz", "1 of 4 images"), ("A.npz A.npz --weights nan.pth", "NaN or infinity"), ("A.npz text.npz", "cannot read"),
     ("A.npz A.npz", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")])
 def test_fid_refuses_bad_input(words, expected, tmp_path, inception_file, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("EMPTY").mkdir(), Path("text.pth").write_text("hello"), torch.save({"a": torch.ones(3)}, "other.pth")
     x = np.zeros((4, 16, 16, 3), np.uint8)
+    np.savez("NAN.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048)), np.savez("OBJECTS.npz", np.array([RunsCode("code ran")])), np.savez("NOBODY.npz", x[:0])
+    save_pictures(Path("ROTTEN"), 4), Path("ROTTEN/000.png").write_bytes(b"no picture"), Path("text.npz").write_text("hello"), torch.save(RunsCode("code ran"), "code.pth")
+    Path("TORN.npz").write_bytes(Path("NAN.npz").read_bytes()[:-100])
+    if "nan.pth" in words:
+        weights = torch.load(inception_file, weights_only=True)
+        torch.save({**weights, "fc.bias": weights["fc.bias"] * math.nan}, "nan.pth")
     np.savez("A.npz", x), np.savez("B.npz", x[:3]), np.savez("ONE.npz", x[:1]), np.savez("FLOATS.npz", x.astype(float)), np.savez("STATS.npz", mu=np.zeros(64), sigma=np.eye(64))
     monkeypatch.setitem(fid.PUBLISHED, fid.WEIGHTS, (tmp_path.as_uri() + "/nowhere/", fid.PUBLISHED[fid.WEIGHTS][1]))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -982,7 +990,7 @@ def test_fid_refuses_bad_input(words, expected, tmp_path, inception_file, monkey
     before = sorted(os.listdir())
     status, out, err = fid_command(monkeypatch, capsys, *words.split(), *more)
     assert status == 2 and expected in err.splitlines()[-1] and err.splitlines()[-1].startswith("fid.py: ") and not out
-    assert set(os.listdir()) - set(before) <= {"cache"}
+    assert set(os.listdir()) - set(before) <= {"cache"} and not Path("code ran").exists()
 
 # ---------------------------------------------------------------------------------------------------------------- commands
 
@@ -1151,14 +1159,27 @@ def test_compiling_is_tried_first(works, monkeypatch, capsys):
     glotok.compile_all(TINY, torch.device("cpu"), net)
     assert compiled == [net] * works
 
+def on_a_full_disk(*words):
+    """A command that can write no file of more than 100,000 bytes."""
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", limited, *map(str, words)], capture_output=True, text=True)
+
+def test_samples_on_a_full_disk_go_on_where_they_stopped(finished, tmp_path, monkeypatch, capsys):
+    words = [finished[0], "--n", 250, "--out"]
+    done = on_a_full_disk(sample.__file__, *words, tmp_path / "new" / "x.npz")  # 250 x 768 bytes
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("sample.py: "), done.stderr
+    assert not (tmp_path / "new" / "x.npz").exists()
+    status, _, said = sample_command(monkeypatch, capsys, *words, tmp_path / "new" / "x.npz")
+    assert status == 0 and sample_command(monkeypatch, capsys, *words, tmp_path / "y.npz")[0] == 0
+    x, y = (np.load(tmp_path / name)["arr_0"] for name in ("new/x.npz", "y.npz"))
+    assert (x == y).all() and [path.name for path in (tmp_path / "new").iterdir()] == ["x.npz"]
+
 def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
     for name in ("config.json", "teacher.pt", "tokenizer.pt", "log.jsonl"):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
     before = (tmp_path / "tokenizer.pt").read_bytes()
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     assert len(before) > 100000
-    done = subprocess.run([sys.executable, "-c", limited, train.__file__, "--resume", "--tokenizer_steps", "40", "--stage", "tokenizer", "--out", tmp_path],
-                          capture_output=True, text=True)
+    done = on_a_full_disk(train.__file__, "--resume", "--tokenizer_steps", "40", "--stage", "tokenizer", "--out", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr.splitlines()[-1]
     assert (tmp_path / "tokenizer.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
 

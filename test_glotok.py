@@ -1440,6 +1440,13 @@ def test_strange_pictures_are_trained_on(name, tmp_path, monkeypatch, capsys):
         picture = fid.decode([tmp_path / "data" / "\u732b" / name], 16)[0, 0].float()
         assert 100 < picture.mean() < 156  # 16 bits are scaled, not clipped
 
+@pytest.mark.parametrize("semantic", ["global", "local"])
+def test_two_images_are_enough(semantic, tmp_path, monkeypatch, capsys):
+    """One to train on, one held out; of two classes, so that a classifier can be their teacher."""
+    save_pictures(tmp_path / "data" / "a", 1), save_pictures(tmp_path / "data" / "b", 1, offset=9)
+    status, said = command(monkeypatch, capsys, *FLAGS, "--data", tmp_path / "data", "--teacher", "convnet", "--semantic", semantic, "--out", tmp_path / "run")
+    assert status == 0 and "data: 1 training and 1 held-out images, 2 classes" in "".join(said), said
+
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e30", "text", ""])
 @pytest.mark.parametrize("name", [f.name for f in fields(Config)])
 def test_every_setting_is_in_its_range_or_refused(name, value, monkeypatch):

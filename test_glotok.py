@@ -1078,6 +1078,13 @@ def test_a_generator_stopped_anywhere_resumes_to_the_same_weights(step, finished
     assert len(a) > 10 and all(torch.equal(v, b[k]) for k, v in a.items())
     assert {"psnr", "generator_seconds"} <= set(json.loads((tmp_path / "metrics.json").read_text()))
 
+def test_the_moving_average_keeps_no_graph(tmp_path, monkeypatch, capsys):
+    """It once did, of every step: memory grew by a megabyte a step."""
+    seen = []
+    monkeypatch.setattr(train, "report_generator", lambda c, out, data, teacher, model, generator, *_: seen.extend(generator.parameters()) or {})
+    assert command(monkeypatch, capsys, *FLAGS, "--out", tmp_path / "run")[0] == 0
+    assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
+
 @pytest.mark.parametrize("kind, parts", [("xar", 2), ("xar", 4), ("far", 4)])
 def test_parts_of_a_generators_batch_make_the_loss_of_the_whole(kind, parts):
     c = replace(TINY, label_dropout=0.5)

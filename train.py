@@ -274,7 +274,7 @@ def train_generator(c, out, data, model, device):
         return loss, {"entropy" if far else "flow": loss}
     def after(step):
         decay = min(c.ema, (1 + step) / (10 + step))  # young averages forget faster
-        torch._foreach_lerp_(list(mean.parameters()), list(generator.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in generator.parameters()], 1 - decay)
         return dict
     scale, figures = train_steps("generator", c, out, {"model": generator, "ema": mean, "optimizer": optimizer}, {"optimizer": c.gen_lr},
                                  (c.gen_warmup, c.gen_cooldown), c.generator_steps, c.gen_batch, net, feed, loss_of, after, scale, device)

@@ -1,350 +1,1094 @@
 """Read images from anywhere, and measure them: FID, Inception Score, PSNR.
 
-    python fid.py REFERENCE SAMPLES                                  # folders, .npz of images or of statistics, or cifar10
-    python fid.py cifar10 samples.npz --save-stats cifar10.npz       # next time: python fid.py cifar10.npz OTHER
+    python fid.py REFERENCE SAMPLES                               # see below
+    python fid.py cifar10 samples.npz --save-stats cifar10.npz    # keep the reference's statistics
+    python fid.py cifar10.npz OTHER                               # and use them again
 
-A data SPEC of the other scripts: shapes (drawn on the spot), cifar10 (downloaded once into data/), a folder (class sub-folders, or
-flat; its train/ and val/ or test/ if it has them) or an .npz (first array uint8 (N, H, W, 3), optional `labels`).
+REFERENCE and SAMPLES are each a folder of images, an .npz of images (first array uint8 (N, H, W,
+3)), an .npz of statistics (mu and sigma, as pytorch-fid and ADM's evaluator write them), or
+cifar10, its training images.
+
+This file needs torch, numpy and pillow, and no other file. Its sections:
+
+    1  the measures           frechet_distance, inception_score, psnr
+    2  the network            InceptionV3
+    3  measuring a set        measure
+    4  images from anywhere   load_data, stream_batches; shapes, cifar10, folders, arrays
+    5  files                  atomic writing, checked downloads, checkpoints
+    6  the terminal           progress, one-line errors, main
 """
+
+import argparse
+import difflib
 import functools
 import hashlib
 import itertools
 import os
+import pickle
 import signal
 import sys
 import tarfile
-from collections import OrderedDict, namedtuple
+import time
+import zipfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+if __name__ == "__main__":  # until run_script takes over, Ctrl-C ends the slow imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from glotok import SHAPES, BadInput, Parser, Progress, draw_shapes, psnr, read_arrays, restore, run
 
-# ------------------------------------------------------------------------------------------------- files written and downloaded
-def write(path, save):
-    """save(file) to a temporary neighbour of path, sync, rename: the file is complete or absent."""
+class BadInput(ValueError):
+    """What the user gave cannot be used. The scripts print its one line and exit with status 2."""
+
+
+# ================================================================================================
+# 1. The measures
+# ================================================================================================
+# FID (Heusel et al. 2017) asks how far apart two sets of images lie in the eyes of a network. Take
+# the 2,048 pooled features of each image, think of each set as a Gaussian with mean mu and
+# covariance S, and measure the Frechet distance between the two:
+#
+#     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
+#
+# S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer
+# than features. But it has the eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric and
+# positive semi-definite: the trace of the root is the sum of their square roots.
+#
+# What fools FID: few images (upwards: their scatter counts as distance, badly below 2,048), another
+# resizing or file format (JPEG!), another network. Compare values of one protocol only. Here it is
+# that of ADM's evaluator.
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Means (d,) and covariances (d, d) of two sets -> float, computed in float64."""
+    mu1 = torch.as_tensor(mu1, dtype=torch.float64)
+    mu2 = torch.as_tensor(mu2, dtype=torch.float64)
+    sigma1 = torch.as_tensor(sigma1, dtype=torch.float64)
+    sigma2 = torch.as_tensor(sigma2, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt()  # root root' = sigma1: as good as the symmetric one
+    cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    shift = (mu1 - mu2).square().sum()
+    return max(0.0, (shift + sigma1.trace() + sigma2.trace() - 2 * cross).item())
+
+
+# The Inception Score (Salimans et al. 2016) needs no reference. It is high if the network is sure
+# of each image and sees many kinds:
+#
+#     IS = exp(mean over x of KL(p(y|x) || p(y))),     p(y) = mean over x of p(y|x)
+#
+# What fools it: one perfect image for each class scores as well as a thousand; images sorted by
+# class make splits of few kinds.
+
+
+def inception_score(logits, splits=10):
+    """Logits (N, 1008) -> mean and standard deviation over the splits.
+
+    Shuffled first, with torch-fidelity's seed, to give its very number.
+    """
+    n = len(logits)
+    splits = min(splits, n)
+    order = np.random.RandomState(2020).permutation(n)
+    bounds = [i * n // splits for i in range(1, splits)]
+    scores = []
+    for index in np.split(order, bounds):
+        p = torch.as_tensor(logits)[index].double().softmax(1)
+        kl = torch.special.xlogy(p, p / p.mean(0)).sum(1)
+        scores.append(kl.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio, 10 log10(255^2 / mean squared error), of each pair of images.
+
+    uint8 (N, C, H, W) twice -> (N,), dB. Equal images: 99.
+    """
+    mse = (x.float() - y.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / mse.clamp_min(255**2 / 10**9.9))
+
+
+# ================================================================================================
+# 2. The network
+# ================================================================================================
+# FID's network is TensorFlow's Inception graph of 2015-12-05. Its quirks are part of every
+# published number: average pools that leave the padding out of the mean, a last block that pools
+# by maximum, 1,008 outputs for 1,000 classes, TensorFlow 1's resizing. Layers bear the names of the
+# published file, pt_inception-2015-12-05-6726825d.pth.
+
+
+class ConvUnit(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, c_in, c_out, kernel=1, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def average_pool(x):
+    """3x3, of the same size; the padding does not count."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class Mixed5(nn.Module):
+    """Mixed_5b, 5c, 5d: 35x35."""
+
+    def __init__(self, c_in, c_pool):
+        super().__init__()
+        self.branch1x1 = ConvUnit(c_in, 64)
+        self.branch5x5_1 = ConvUnit(c_in, 48)
+        self.branch5x5_2 = ConvUnit(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = ConvUnit(c_in, 64)
+        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, padding=1)
+        self.branch_pool = ConvUnit(c_in, c_pool)
+
+    def forward(self, x):
+        a = self.branch1x1(x)
+        b = self.branch5x5_2(self.branch5x5_1(x))
+        c = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        d = self.branch_pool(average_pool(x))
+        return torch.cat([a, b, c, d], dim=1)
+
+
+class Mixed6a(nn.Module):
+    """35x35 -> 17x17."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3 = ConvUnit(288, 384, 3, stride=2)
+        self.branch3x3dbl_1 = ConvUnit(288, 64)
+        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        a = self.branch3x3(x)
+        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        c = F.max_pool2d(x, 3, stride=2)
+        return torch.cat([a, b, c], dim=1)
+
+
+class Mixed6(nn.Module):
+    """Mixed_6b to 6e: 17x17. The 7x7 convolutions are pairs of 1x7 and 7x1."""
+
+    def __init__(self, c):
+        super().__init__()
+        row = {"kernel": (1, 7), "padding": (0, 3)}
+        column = {"kernel": (7, 1), "padding": (3, 0)}
+        self.branch1x1 = ConvUnit(768, 192)
+        self.branch7x7_1 = ConvUnit(768, c)
+        self.branch7x7_2 = ConvUnit(c, c, **row)
+        self.branch7x7_3 = ConvUnit(c, 192, **column)
+        self.branch7x7dbl_1 = ConvUnit(768, c)
+        self.branch7x7dbl_2 = ConvUnit(c, c, **column)
+        self.branch7x7dbl_3 = ConvUnit(c, c, **row)
+        self.branch7x7dbl_4 = ConvUnit(c, c, **column)
+        self.branch7x7dbl_5 = ConvUnit(c, 192, **row)
+        self.branch_pool = ConvUnit(768, 192)
+
+    def forward(self, x):
+        a = self.branch1x1(x)
+        b = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        c = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        c = self.branch7x7dbl_5(self.branch7x7dbl_4(c))
+        d = self.branch_pool(average_pool(x))
+        return torch.cat([a, b, c, d], dim=1)
+
+
+class Mixed7a(nn.Module):
+    """17x17 -> 8x8."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvUnit(768, 192)
+        self.branch3x3_2 = ConvUnit(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = ConvUnit(768, 192)
+        self.branch7x7x3_2 = ConvUnit(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = ConvUnit(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = ConvUnit(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        a = self.branch3x3_2(self.branch3x3_1(x))
+        b = self.branch7x7x3_2(self.branch7x7x3_1(x))
+        b = self.branch7x7x3_4(self.branch7x7x3_3(b))
+        c = F.max_pool2d(x, 3, stride=2)
+        return torch.cat([a, b, c], dim=1)
+
+
+class Mixed7(nn.Module):
+    """Mixed_7b and 7c: 8x8. The last steps of two branches fork into 1x3 and 3x1, side by side."""
+
+    def __init__(self, c_in, pool):
+        super().__init__()
+        self.pool = pool
+        row = {"kernel": (1, 3), "padding": (0, 1)}
+        column = {"kernel": (3, 1), "padding": (1, 0)}
+        self.branch1x1 = ConvUnit(c_in, 320)
+        self.branch3x3_1 = ConvUnit(c_in, 384)
+        self.branch3x3_2a = ConvUnit(384, 384, **row)
+        self.branch3x3_2b = ConvUnit(384, 384, **column)
+        self.branch3x3dbl_1 = ConvUnit(c_in, 448)
+        self.branch3x3dbl_2 = ConvUnit(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = ConvUnit(384, 384, **row)
+        self.branch3x3dbl_3b = ConvUnit(384, 384, **column)
+        self.branch_pool = ConvUnit(c_in, 192)
+
+    def forward(self, x):
+        a = self.branch1x1(x)
+        b = self.branch3x3_1(x)
+        b = [self.branch3x3_2a(b), self.branch3x3_2b(b)]
+        c = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        c = [self.branch3x3dbl_3a(c), self.branch3x3dbl_3b(c)]
+        d = self.branch_pool(self.pool(x))
+        return torch.cat([a, *b, *c, d], dim=1)
+
+
+def max_pool(x):
+    """3x3, of the same size."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+class InceptionV3(nn.Module):
+    """uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008).
+
+    Random until weights are loaded; see load_inception.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = ConvUnit(64, 80)
+        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
+        self.Mixed_5b = Mixed5(192, 32)
+        self.Mixed_5c = Mixed5(256, 64)
+        self.Mixed_5d = Mixed5(288, 64)
+        self.Mixed_6a = Mixed6a()
+        self.Mixed_6b = Mixed6(128)
+        self.Mixed_6c = Mixed6(160)
+        self.Mixed_6d = Mixed6(160)
+        self.Mixed_6e = Mixed6(192)
+        self.Mixed_7a = Mixed7a()
+        self.Mixed_7b = Mixed7(1280, average_pool)
+        self.Mixed_7c = Mixed7(2048, max_pool)
+        self.fc = nn.Linear(2048, 1008)
+        self.eval()
+        self.requires_grad_(False)
+
+    def forward(self, images):
+        x = (resize_to_299(images) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
+        x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
+        x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
+        x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
+        x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+        x = self.Mixed_5b(x)  # (B, 256, 35, 35)
+        x = self.Mixed_5c(x)  # (B, 288, 35, 35)
+        x = self.Mixed_5d(x)  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6b(x)
+        x = self.Mixed_6c(x)
+        x = self.Mixed_6d(x)
+        x = self.Mixed_6e(x)
+        x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
+        x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
+        x = self.Mixed_7c(x)
+        features = x.mean((2, 3))  # (B, 2048)
+        return features, F.linear(features, self.fc.weight)
+
+    def fold(self):
+        """Merge every batch norm into its convolution: the same function, faster.
+
+        The state-dict names are lost.
+        """
+        for unit in [m for m in self.modules() if isinstance(m, ConvUnit)]:
+            unit.conv = nn.utils.fusion.fuse_conv_bn_eval(unit.conv, unit.bn)
+            unit.bn = nn.Identity()
+        return self.to(memory_format=torch.channels_last)
+
+
+def resize_to_299(images):
+    """uint8 (B, 3, H, W) -> float (B, 3, 299, 299) in [0, 255], as TensorFlow 1 does it."""
+    rows = resize_matrix(images.shape[2]).to(images.device)
+    columns = resize_matrix(images.shape[3]).to(images.device)
+    return rows @ images.float() @ columns.T
+
+
+@functools.lru_cache(8)
+def resize_matrix(n, size=299):
+    """Bilinear interpolation of n points to `size`, as a matrix (size, n).
+
+    Point i comes from i * n / size: TensorFlow 1 has no half-pixel centres and no antialiasing.
+    """
+    position = torch.arange(size) * (n / size)
+    low = position.long()
+    high = (low + 1).clamp(max=n - 1)
+    part = position.frac()[:, None]
+    return (1 - part) * F.one_hot(low, n) + part * F.one_hot(high, n)
+
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+
+
+def load_inception(file, device):
+    """The published network, or the one in `file`, ready to measure; its batch norms folded."""
+    net = InceptionV3()
+    path = Path(file) if file else fetch(INCEPTION_FILE)
+    load_weights(path, net)
+    if file and sha256(path) != PUBLISHED[INCEPTION_FILE].sha256:
+        note(f"{path} is not the published network: what it measures is not FID")
+    return net.fold().to(device)
+
+
+# ================================================================================================
+# 3. Measuring a set
+# ================================================================================================
+
+# mean (2048,) and covariance (2048, 2048) of features, float64; logits (N, 1008) or None
+Statistics = namedtuple("Statistics", "mu sigma logits")
+
+
+@torch.no_grad()
+def measure(name, items, net, device, skip_bad=False):
+    """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
+
+    Sums accumulate batch by batch, so memory does not grow with N but for the logits. `name` is
+    for messages. BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
+    """
+    # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
+    batch_size = 10 if device.type == "cpu" else 100
+
+    # A batch is a run of images of one shape: each shape is resized by itself.
+    def batch_and_shape(numbered_image):
+        i, image = numbered_image
+        return i // batch_size, image.shape
+
+    total = torch.zeros(2048, dtype=torch.float64)
+    outer = torch.zeros(2048, 2048, dtype=torch.float64)
+    logits = []
+    images = read_images(name, items, tolerated=1 if skip_bad else 0)
+    for _, group in itertools.groupby(images, batch_and_shape):
+        batch = torch.stack([image for _, image in group]).to(device)
+        features, batch_logits = net(batch)
+        features = features.double().cpu()
+        total += features.sum(0)
+        outer += features.T @ features
+        logits.append(batch_logits.cpu())
+    n = sum(len(part) for part in logits)
+    if n < 2:
+        raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
+    if n < 2048:
+        note(f"{name} has {n} images: below 2,048 FID is biased upward, badly")
+    sigma = (outer - torch.outer(total, total) / n) / (n - 1)
+    return Statistics(total / n, sigma, torch.cat(logits))
+
+
+def read_set(spec, want_images):
+    """-> images (files, or an array (N, H, W, 3)), or the Statistics of an .npz."""
+    if spec in ("shapes", "cifar10"):
+        return load_data(spec, 32).train.permute(0, 2, 3, 1).numpy()
+    path = Path(spec)
+    arrays = read_arrays(path) if path.suffix == ".npz" and path.is_file() else {}
+    has_statistics = "mu" in arrays and "sigma" in arrays
+    has_images = "arr_0" in arrays  # ADM's files hold both
+    if not has_statistics or (has_images and want_images):
+        return list_images(path).items
+    mu = arrays["mu"]
+    sigma = arrays["sigma"]
+    shapes_fit = mu.shape == (2048,) and sigma.shape == (2048, 2048)
+    if not shapes_fit or not np.isfinite(sigma.sum() + mu.sum()):
+        raise BadInput(
+            f"{spec}: want finite statistics mu (2048,) and sigma (2048, 2048), "
+            f"and it has {mu.shape} and {sigma.shape}"
+        )
+    return Statistics(mu, sigma, None)
+
+
+# ================================================================================================
+# 4. Images from anywhere
+# ================================================================================================
+# A data SPEC is `shapes` (drawn on the spot), `cifar10` (downloaded once into data/), a folder
+# (class sub-folders, or flat; its train/ and val/ or test/ if it has them) or an .npz (first array
+# uint8 (N, H, W, 3), optional `labels`).
+
+# torchrun's processes on this machine
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+# Images are uint8 (N, 3, H, W), or a list of files or an array (N, H, W, 3) if that is too large
+# for memory. Labels are int64 (N,), classes their names.
+Data = namedtuple("Data", "train train_labels val val_labels classes")
+Images = namedtuple("Images", "name items labels classes")  # name: for messages
+
+
+def load_data(spec, size, seed=0):
+    """A data SPEC -> Data, every image size x size."""
+    if spec == "shapes":
+        train = draw_shapes(20000, size, seed)
+        val = draw_shapes(1000, size, seed + 1)
+        return Data(*train, *val, list(SHAPES))
+    if spec == "cifar10":
+        return read_cifar10(fetch("cifar-10-binary.tar.gz", "data"), size)
+
+    path = Path(spec)
+    for name in ("val", "test"):
+        if (path / "train").is_dir() and (path / name).is_dir():
+            train = read_all(list_images(path / "train"), size)
+            val = read_all(list_images(path / name, train.classes), size)
+            return Data(train.items, train.labels, val.items, val.labels, train.classes)
+    return hold_out(read_all(list_images(path), size))
+
+
+def hold_out(images):
+    """Images -> Data, a fixed random twentieth of them held out."""
+    n = len(images.items)
+    if n < 2:
+        raise BadInput(
+            f"{n} image(s) in {images.name} are too few: "
+            "one to train on and one to hold out is the least"
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held = max(1, n // 20)
+    val = order[:held].sort().values
+    train = order[held:].sort().values
+    return Data(
+        take(images.items, train),
+        images.labels[train],
+        take(images.items, val),
+        images.labels[val],
+        images.classes,
+    )
+
+
+def take(items, index):
+    """The items at the positions index (n,)."""
+    return items[index] if torch.is_tensor(items) else [items[i] for i in index]
+
+
+def list_images(path, classes=None):
+    """A folder or an .npz -> Images, not yet read.
+
+    The classes of a folder are `classes`, else its first-level sub-folders (one class if there are
+    none); those of an .npz the numbers up to its highest label.
+    """
+    if path.is_dir():
+        return list_folder(path, classes)
+    if path.suffix != ".npz" or not path.is_file():
+        raise BadInput(
+            f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file"
+        )
+    arrays = read_arrays(path)
+    labels = arrays.pop("labels", None)
+    images = next(iter(arrays.values()), np.zeros(0))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise BadInput(
+            f"{path}: the first array must be uint8 (N, H, W, 3), "
+            f"and is {images.dtype} {images.shape}"
+        )
+    n = len(images)
+    if labels is None:
+        labels = np.zeros(n, np.int64)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise BadInput(
+            f"{path}: labels must be {n} integers from 0 up, and are {labels.dtype} {labels.shape}"
+        )
+    names = [str(i) for i in range(labels.max(initial=0) + 1)]
+    return Images(path, images, torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def list_folder(path, classes=None):
+    """The image files below a folder, sorted -> Images."""
+    files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+    files.sort()
+    if not files:
+        raise BadInput(f"no images ({', '.join(sorted(SUFFIXES))}) in {path}")
+    class_of = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
+    classes = classes or sorted(set(class_of))
+    unknown = set(class_of) - set(classes)
+    if unknown:
+        raise BadInput(f"{path} has a class that train/ has not: {min(unknown)!r}")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[name] for name in class_of])
+    return Images(path, files, labels, classes)
+
+
+CIFAR10_CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
+
+
+def read_cifar10(path, size):
+    """CIFAR-10's binary archive, read without unpacking -> Data.
+
+    Each of its files holds records of a label byte and 3 x 32 x 32 colour bytes.
+    """
+    records = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".bin"):
+                raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
+                records[Path(member.name).name] = raw.reshape(-1, 3073)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    every = np.concatenate([records[name] for name in names])
+    pictures = every[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = torch.from_numpy(every[:, 0].astype(np.int64))
+    images = read_all(Images("CIFAR-10", pictures, labels, CIFAR10_CLASSES), size).items
+    n = len(every) - len(records["test_batch.bin"])
+    return Data(images[:n], labels[:n], images[n:], labels[n:], CIFAR10_CLASSES)
+
+
+# image: uint8 (3, H, W), or None if it cannot be read, and then `problem` says why
+Loaded = namedtuple("Loaded", "image resized problem")
+
+
+def load_image(item, size=None):
+    """A file or an array (H, W, 3) -> Loaded. Photographs are turned upright.
+
+    If size is given: the largest centred square, resized bicubically with antialiasing.
+    """
+    try:
+        if isinstance(item, np.ndarray):
+            picture = Image.fromarray(item)
+        else:
+            with Image.open(item) as file:
+                picture = to_rgb(ImageOps.exif_transpose(file))
+        resized = size is not None and picture.size != (size, size)
+        if resized:
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return Loaded(image, resized, None)
+    # These are what PIL's decoders raise on broken files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Loaded(None, False, f"{item} ({one_line(error)})")
+
+
+def to_rgb(picture):
+    """Any picture -> RGB. 16 bits are scaled to 8; PIL alone would clip them."""
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def load_images(name, items, size=None, tolerated=0.0):
+    """Yield (i, Loaded) for each of items, files or arrays (H, W, 3).
+
+    Loaded in parallel, few at a time. Unreadable ones are named and left out; BadInput if they are
+    more than a share `tolerated` of all.
+    """
+    problems = []
+    progress = Progress(f"reading {name}", len(items))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(items), 64):
+            chunk = items[first : first + 64]
+            loaded = list(pool.map(functools.partial(load_image, size=size), chunk))
+            problems += [each.problem for each in loaded if each.problem]
+            if len(problems) > tolerated * len(items):
+                raise BadInput(f"{unreadable(name, items, problems)}. Mend or remove them")
+            for i, each in enumerate(loaded, first):
+                if not each.problem:
+                    yield i, each
+            progress.update(first + len(chunk))
+    if problems:
+        note(f"{unreadable(name, items, problems)}. Left out")
+
+
+def unreadable(name, items, problems):
+    """A line that names the first three of the problems."""
+    some = "; ".join(problems[:3])
+    more = "; ..." if len(problems) > 3 else ""
+    return f"{len(problems)} of {len(items)} images in {name} cannot be read: {some}{more}"
+
+
+def read_images(name, items, tolerated=0.0):
+    """Yield (i, uint8 (3, H, W)) for each of items, as load_images."""
+    for i, loaded in load_images(name, items, tolerated=tolerated):
+        yield i, loaded.image
+
+
+def read_all(images, size):
+    """Images not yet read -> Images, uint8 (N, 3, size, size); unread if that is too large.
+
+    Up to 1 % unreadable ones are left out. Of a set that is too large a hundred are looked at, to
+    meet errors early; it comes back as it is, and decode_batch will meet the rest.
+    """
+    n = len(images.items)
+    fits = n * 3 * size * size <= memory_budget()
+    items = images.items if fits else images.items[:: n // 100 + 1]
+    pixels = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
+    readable = []
+    resized = 0
+    for i, loaded in load_images(images.name, items, size, tolerated=0.01):
+        if fits:
+            pixels[i] = loaded.image
+        readable.append(i)
+        resized += loaded.resized
+    if resized:
+        note(
+            f"{resized} of {len(items)} images in {images.name} are not {size}x{size}: "
+            "resized and centre-cropped"
+        )
+    if not fits:
+        return images
+    if len(readable) < n:
+        pixels = pixels[readable]
+        images = images._replace(labels=images.labels[readable])
+    return images._replace(items=pixels)
+
+
+def memory_budget():
+    """Bytes that a data set may take in memory.
+
+    A quarter of the machine's, shared by the processes on it, and no more than a quarter of a
+    GPU's free memory.
+    """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // LOCAL_WORLD_SIZE
+    if not torch.cuda.is_available():
+        return host
+    return min(host, torch.cuda.mem_get_info()[0] // 4)
+
+
+def stream_batches(images, batches, device, size):
+    """Yield images[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
+
+    What is not in memory is decoded ahead, by worker processes.
+    """
+    if torch.is_tensor(images):
+        for index in batches:
+            yield images[index].to(device, non_blocking=True)
+        return
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_sampler=(index.tolist() for index in batches),
+        collate_fn=functools.partial(decode_batch, size=size),
+        num_workers=max(1, os.cpu_count() // LOCAL_WORLD_SIZE),
+        worker_init_fn=ignore_ctrl_c,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        yield batch.to(device, non_blocking=True)
+
+
+def ignore_ctrl_c(_):
+    """A Ctrl-C in the terminal reaches worker processes, too, and is not for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def decode_batch(items, size):
+    """Files or arrays -> uint8 (B, 3, size, size). Grey stands in for one that cannot be read."""
+    batch = torch.full((len(items), 3, size, size), 128, dtype=torch.uint8)
+    for i, item in enumerate(items):
+        loaded = load_image(item, size)
+        if loaded.problem:
+            note(f"cannot read {loaded.problem}: grey stands in for it")
+        else:
+            batch[i] = loaded.image
+    return batch
+
+
+# The built-in pictures: one shape each, its class; colours, size, place and background vary. An
+# outline is given by the signed distance to it, negative inside, at the point (u, v) from the
+# middle, in radii; u and v are float (n, size, size).
+
+
+def disc(u, v):
+    return torch.hypot(u, v) - 1
+
+
+def ring(u, v):
+    return (torch.hypot(u, v) - 0.75).abs() - 0.25
+
+
+def square(u, v):
+    return torch.maximum(u.abs(), v.abs()) - 0.85
+
+
+def triangle(u, v):
+    return torch.maximum(v - 0.55, 0.866 * u.abs() - 0.5 * v - 0.55)
+
+
+def cross(u, v):
+    across = torch.maximum(u.abs() - 1, v.abs() - 0.35)
+    upright = torch.maximum(v.abs() - 1, u.abs() - 0.35)
+    return torch.minimum(across, upright)
+
+
+def bars(u, v):
+    return torch.maximum(u.abs() - 0.95, (v.abs() - 0.6).abs() - 0.28)
+
+
+SHAPES = {
+    "disc": disc,
+    "ring": ring,
+    "square": square,
+    "triangle": triangle,
+    "cross": cross,
+    "bars": bars,
+}
+
+
+def draw_shapes(n, size, seed):
+    """n pictures uint8 (n, 3, size, size) and their classes int64 (n,), positions in SHAPES.
+
+    The same for the same seed.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    labels = torch.randint(len(SHAPES), (n,), generator=g)
+    radius = uniform(0.28, 0.38, 1, 1) * size
+    free = size - 2 * radius - 2  # how far the middle may move
+    x = radius + 1 + uniform(0, 1, 1, 1) * free
+    y = radius + 1 + uniform(0, 1, 1, 1) * free
+
+    # The ground is a gradient between two colours. The shape has, of four colours, the one that is
+    # furthest from both.
+    ground = uniform(0, 1, 2, 3)
+    ground[:, 1] = ground[:, 0] + 0.6 * (ground[:, 1] - ground[:, 0])
+    colours = uniform(0, 1, 4, 3)
+    slope = uniform(-1, 1, 2)
+    contrast = (colours[:, :, None] - ground[:, None]).abs().sum(3).amin(2)  # (n, 4)
+    colour = colours[torch.arange(n), contrast.argmax(1)]  # (n, 3)
+
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    pixel = torch.arange(size) + 0.5
+    across = pixel / size - 0.5
+    for k, outline in enumerate(SHAPES.values()):
+        for i in (labels == k).nonzero()[:, 0].split(1000):
+            u = (pixel[None, None, :] - x[i]) / radius[i]  # (n_i, 1, size)
+            v = (pixel[None, :, None] - y[i]) / radius[i]  # (n_i, size, 1)
+            distance = outline(u, v) * radius[i]  # in pixels
+            cover = (0.5 - distance).clamp(0, 1)[:, None]  # antialiased over one pixel
+            ramp = 0.5 + slope[i, :1, None] * across + slope[i, 1:, None] * across[:, None]
+            ramp = ramp.clamp(0, 1)[:, None]
+            behind = torch.lerp(ground[i, 0, :, None, None], ground[i, 1, :, None, None], ramp)
+            picture = torch.lerp(behind, colour[i, :, None, None], cover)
+            images[i] = (255 * picture).round().byte()
+    return images, labels
+
+
+# ================================================================================================
+# 5. Files
+# ================================================================================================
+
+
+def write_atomically(path, save):
+    """save(file) to a temporary neighbour of path, sync, rename: complete or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            save(file), file.flush(), os.fsync(file.fileno())
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.exists() and temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
-WEIGHTS, HUB = "pt_inception-2015-12-05-6726825d.pth", "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
-PUBLISHED = {  # file: its folder, its SHA-256
-    WEIGHTS: ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
-    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
-    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    "vgg.pth": (HUB, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}  # the heads of LPIPS
+
+Published = namedtuple("Published", "folder sha256")
+
+PUBLISHED = {
+    INCEPTION_FILE: Published(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "cifar-10-binary.tar.gz": Published(
+        "https://www.cs.toronto.edu/~kriz/",
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    ),
+    "dinov2_vits14_pretrain.pth": Published(
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/",
+        "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    ),
+    "vgg16-397923af.pth": Published(
+        "https://download.pytorch.org/models/",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "vgg.pth": Published(  # the heads of LPIPS
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
+        "lpips/weights/v0.1/",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+}
+
 
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def fetch(name, folder=None, download=True):
-    """Path of a published file in folder (default: torch's cache), downloaded if it is not there, its SHA-256 checked every time."""
-    (source, digest), path = PUBLISHED[name], Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
-    if not path.exists() and download:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(source + name, str(path), digest)  # to a temporary file, checked, renamed
-        except (OSError, RuntimeError) as error:  # no network; another SHA-256
-            raise BadInput(f"cannot download {name} ({error}): fetch {source + name} elsewhere and put it at {path}; SHA-256 {digest}") from None
-    elif path.exists() and sha256(path) != digest:
-        raise BadInput(f"{path} is not the published file (its SHA-256 should be {digest}): delete it to download it again")
+
+def cached(name, folder=None):
+    """Where the published file `name` is, or would be: in folder, or in torch's cache."""
+    return Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
+
+
+def fetch(name, folder=None):
+    """Path of the published file `name`, downloaded if need be, its SHA-256 checked every time."""
+    path = cached(name, folder)
+    source = PUBLISHED[name].folder + name
+    digest = PUBLISHED[name].sha256
+    if path.exists():
+        if sha256(path) != digest:
+            raise BadInput(
+                f"{path} is not the published file (its SHA-256 should be {digest}): "
+                "delete it to download it again"
+            )
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # to a temporary file, checked, then renamed
+        torch.hub.download_url_to_file(source, str(path), digest)
+    except (OSError, RuntimeError) as error:  # no network; another SHA-256
+        raise BadInput(
+            f"cannot download {name} ({error}): fetch {source} elsewhere and put it at {path}; "
+            f"SHA-256 {digest}"
+        ) from None
     return path
 
-# --------------------------------------------------------------------------------------------------------------- data sets
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, if torchrun started them
-Data = namedtuple("Data", "train train_labels held held_labels classes")  # uint8 (N, 3, H, W) or files, int64 (N,), twice; the classes' names
-def load_data(spec, size, seed=0):
-    """A data SPEC (above) as Data, every image size x size."""
-    if spec == "shapes":
-        return Data(*draw_shapes(20000, size, seed), *draw_shapes(1000, size, seed + 1), list(SHAPES))
-    if spec == "cifar10":
-        return read_cifar10(fetch("cifar-10-binary.tar.gz", "data"), size)
-    path = Path(spec)
-    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if held and (path / "train").is_dir():
-        train, train_labels, classes = read_all(*list_images(path / "train"), size)
-        return Data(train, train_labels, *read_all(*list_images(held, classes), size)[:2], classes)
-    images, labels, classes = read_all(*list_images(path), size)
-    if (n := len(images)) < 2:
-        raise BadInput(f"{n} image(s) in {spec} are too few: one to train on and one to hold out is the least")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # a fixed twentieth is held out
-    held, train = (part.sort().values for part in order.tensor_split([max(1, n // 20)]))
-    pick = lambda i: images[i] if torch.is_tensor(images) else [images[k] for k in i]
-    return Data(pick(train), labels[train], pick(held), labels[held], classes)
 
-def read_cifar10(path, size):
-    """CIFAR-10's binary archive: records of a label byte and 3 x 32 x 32 colour bytes, read without unpacking."""
-    parts, classes = {}, "airplane automobile bird cat deer dog frog horse ship truck".split()
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(".bin"):
-                parts[Path(member.name).name] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
-    records = np.concatenate([parts[f"{name}.bin"] for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")])
-    pictures, labels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), torch.from_numpy(records[:, 0].astype(np.int64))
-    images, n = read_all("CIFAR-10", pictures, labels, classes, size)[0], len(parts["test_batch.bin"])
-    return Data(images[:-n], labels[:-n], images[-n:], labels[-n:], classes)
-
-def list_images(path, classes=None):
-    """A folder or an .npz -> its name, its images (files, sorted, or one array (N, H, W, 3)), their labels, the names of the classes:
-    `classes`, else the first-level sub-folders (one class if there are none) or the numbers up to the highest label."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp"} and p.name[0] != ".")
-        names = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
-        classes = classes or sorted(set(names))
-        if not files or set(names) - set(classes):
-            raise BadInput(f"no images (.png, .jpg, .jpeg, .webp, .bmp) in {path}" if not files else
-                           f"{path} has a class that train/ has not: {min(set(names) - set(classes))!r}")
-        return path, files, torch.tensor([*map({name: i for i, name in enumerate(classes)}.get, names)]), classes
-    if path.suffix != ".npz" or not path.is_file():
-        raise BadInput(f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file")
-    arrays = read_arrays(path)
-    labels = arrays.pop("labels", None)
-    images = next(iter(arrays.values()), np.zeros(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise BadInput(f"{path}: the first array must be uint8 (N, H, W, 3), and is {images.dtype} {images.shape}")
-    labels = np.zeros(len(images), int) if labels is None else labels
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise BadInput(f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} {labels.shape}")
-    return path, images, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max(initial=0) + 1)]
-
-def attempt(item, prepare):
-    """prepare(RGB picture) of a file or an array (H, W, 3), photographs upright; if it cannot be read, a string that says why."""
+def read_arrays(path):
+    """The arrays of an .npz, or of an .npy under the name "array". Nothing is ever unpickled."""
     try:
-        if isinstance(item, np.ndarray):
-            return prepare(Image.fromarray(item))
-        with Image.open(item) as file:
-            picture = ImageOps.exif_transpose(file)
-            deep = picture.mode.startswith("I;16")  # convert would clip 16 bits, not scale them
-            return prepare((Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if deep else picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
-        return f"{item} ({' '.join(str(error).split())})"
+        file = np.load(path, allow_pickle=False)
+        return dict(file) if path.suffix == ".npz" else {"array": file}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
 
-def decoded(where, items, prepare, tolerated):
-    """(i, prepare(RGB picture)) for each of items, files or arrays (H, W, 3); decoded in parallel, few at a time. Unreadable ones are
-    named and left out; more than a share `tolerated` of them is an error."""
-    bad, progress = [], Progress(f"reading {where}", len(items))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(items), 64):
-            out = list(enumerate(pool.map(attempt, items[first:first + 64], itertools.repeat(prepare)), first))
-            bad += [why for _, why in out if isinstance(why, str)]
-            said = f"{len(bad)} of {len(items)} images in {where} cannot be read: {'; '.join(bad[:3])}{'; ...' * (len(bad) > 3)}"
-            if len(bad) > tolerated * len(items):
-                raise BadInput(f"{said}. Mend or remove them")
-            yield from ((i, picture) for i, picture in out if not isinstance(picture, str))
-            progress(first + len(out))
-    if bad:
-        print(f"note: {said}. Left out", file=sys.stderr)
 
-def fit(picture, size=None):
-    """A picture -> uint8 (3, H, W); if size is given, of its largest centred square, resized bicubically with antialiasing."""
-    if size and picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def load_checkpoint(path, device="cpu"):
+    """A file of tensors and plain values. Code in it is never run."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error) or "damaged"
+        raise BadInput(f"cannot read {path}: {reason.splitlines()[0]}") from None
 
-def read_all(where, items, labels, classes, size):
-    """-> uint8 (N, 3, size, size), or the items if that is too large, their labels, the classes. Up to 1 % unreadable ones are left out."""
-    large, kept, resized = len(items) * 3 * size * size > room(), [], 0
-    images, some = torch.empty(0 if large else len(items), 3, size, size, dtype=torch.uint8), items[::len(items) // 100 + 1 if large else 1]
-    prepare = lambda picture: (picture.size != (size, size), fit(picture, size))
-    for i, (other, picture) in decoded(where, some, prepare, 0.01):  # of a large set a hundred are looked at, to meet errors early
-        images[i:i + 1] = picture
-        kept.append(i)
-        resized += other
-    if resized:
-        print(f"note: {resized} of {len(some)} images in {where} are not {size}x{size}: resized and centre-cropped", file=sys.stderr)
-    return (items, labels, classes) if large else (images, labels, classes) if len(kept) == len(items) else (images[kept], labels[kept], classes)
 
-def room():
-    """Bytes that a data set may take in memory: a quarter, shared by the processes here; no more than a quarter of a GPU's free memory."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // LOCAL_WORLD
-    return min(host, torch.cuda.mem_get_info()[0] // 4) if torch.cuda.is_available() else host
+def load_weights(path, net):
+    """Load a file that holds the state of net alone."""
+    # as a checkpoint of one part, without a name: messages then name the tensors as the file does
+    load_states(path, {"": net}, {"": load_checkpoint(path)})
 
-def decode(items, size):
-    """Files or arrays -> uint8 (B, 3, size, size). Grey stands in for one that cannot be read."""
-    pictures = [attempt(item, functools.partial(fit, size=size)) for item in items]
-    for why in filter(lambda picture: isinstance(picture, str), pictures):
-        print(f"note: cannot read {why}: grey stands in for it", file=sys.stderr)
-    return torch.stack([torch.full((3, size, size), 128, dtype=torch.uint8) if isinstance(p, str) else p for p in pictures])
 
-def stream(images, batches, device, size):
-    """images[i] on the device for each i of batches, tensors of positions. What is not in memory is decoded ahead, by worker processes."""
-    undisturbed = lambda _: (signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a Ctrl-C is not for them
-    found = (images[i] for i in batches) if torch.is_tensor(images) else torch.utils.data.DataLoader(
-        images, batch_sampler=(i.tolist() for i in batches), collate_fn=functools.partial(decode, size=size), worker_init_fn=undisturbed,
-        num_workers=max(1, os.cpu_count() // LOCAL_WORLD), pin_memory=device.type == "cuda")
-    return (x.to(device, non_blocking=True) for x in found)
+def load_states(path, parts, saved):
+    """Load a checkpoint's states, saved[name], into parts[name], modules or optimizers.
 
-# ------------------------------------------------------------------------------------------------------------------- FID
-# FID (Heusel et al. 2017) asks how far apart two sets of images lie in the eyes of a network. Take the 2,048 pooled features of
-# each image, think of each set as a Gaussian, and measure the Frechet distance between the two:
-#     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
-# S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer than features. But it has the
-# eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric and positive: the trace of the root is the sum of their square roots.
-# What biases FID: few images (upwards: their scatter counts as distance, badly below 2,048), another resizing or file format (JPEG!),
-# another network. Compare values of one protocol only. Here: that of ADM's evaluator.
+    BadInput if they do not fit, or hold NaN or infinity.
+    """
+    try:
+        if not isinstance(saved, dict):
+            raise TypeError(f"a {type(saved).__name__}, not a dictionary")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        for name, tensor in named_tensors(saved):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"NaN or infinity in {name}")
+    except (
+        KeyError,
+        IndexError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = one_line(error)[:200]
+        raise BadInput(
+            f"{path} holds other weights than these settings ask for: {reason}"
+        ) from None
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Means (d,), covariances (d, d) of two sets -> their Frechet distance, float, computed in float64."""
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt()  # root root' = sigma1, as good as the symmetric one
-    cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt().sum()
-    return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item())
 
-def inception_score(logits, splits=10):
-    """Logits (N, 1008) -> mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))): sure of each image, and of many kinds.
-    Shuffled first, and with torch-fidelity's seed to give its very number: images in order of class would fool the splits."""
-    shuffled = np.random.RandomState(2020).permutation(n := len(logits))
-    parts = (torch.as_tensor(logits)[at].double().softmax(1) for at in np.split(shuffled, [i * n // splits for i in range(1, splits)]))
-    scores = torch.stack([torch.special.xlogy(part, part / part.mean(0)).sum(1).mean().exp() for part in parts])
-    return scores.mean().item(), scores.std(correction=0).item()
+def named_tensors(value, name=""):
+    """Yield (dotted name, tensor) for all tensors in nested dictionaries."""
+    if torch.is_tensor(value):
+        yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
 
-A = "mean branch1x1=64 branch5x5=48,64@5 branch3x3dbl=64,96@3,96@3 branch_pool="
-C = "mean branch1x1=192 branch7x7={0},{0}@1x7,192@7x1 branch7x7dbl={0},{0}@7x1,{0}@1x7,{0}@7x1,192@1x7 branch_pool=192"
-E = " branch1x1=320 branch3x3=384,384@fork branch3x3dbl=448,384@3,384@fork branch_pool=192"
-GRAPH = {  # block: pool, branches side by side (channels@kernel; "s" strides by 2, "fork" is a 1x3 and a 3x1 side by side)
-    "5b": A + "32", "5c": A + "64", "5d": A + "64", "6a": "halve branch3x3=384@3s branch3x3dbl=64,96@3,96@3s branch_pool=",
-    "6b": C.format(128), "6c": C.format(160), "6d": C.format(160), "6e": C.format(192),
-    "7a": "halve branch3x3=192,320@3s branch7x7x3=192,192@1x7,192@7x1,192@3s branch_pool=", "7b": "mean" + E, "7c": "max" + E}
-POOLS = {"mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
-def unit(c_in, c_out, kernel="1", pad=True):
-    """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides or pad is False."""
-    stride, size = 1 + kernel.endswith("s"), (2 * [int(k) for k in kernel.rstrip("s").split("x")])[:2]
-    conv = nn.Conv2d(c_in, c_out, size, stride, [k // 2 if pad and stride == 1 else 0 for k in size], bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True)))
 
-class Mixed(nn.ModuleDict):
-    """A row of GRAPH: branches beside one another, concatenated; branch_pool sees the pooled input."""
-    def __init__(self, c_in, pool, *branches):
-        super().__init__()
-        self.pool, self.paths, self.width = POOLS[pool], {}, 0
-        for name, units in (branch.split("=") for branch in branches):
-            c, self.paths[name], parts = c_in, [], {name: ""}
-            for i, (c_out, _, kernel) in enumerate(u.partition("@") for u in units.split(",") if u):
-                label = f"{name}_{i + 1}" if "," in units else name
-                parts = {label + "a": "1x3", label + "b": "3x1"} if kernel == "fork" else {label: kernel or "1"}
-                self.update({label: unit(c, int(c_out), kernel) for label, kernel in parts.items()})
-                self.paths[name].append(list(parts))
-                c = int(c_out)
-            self.width += c * len(parts)
-    def forward(self, x):
-        out = []
-        for name, path in self.paths.items():
-            out.append(self.pool(x) if name == "branch_pool" else x)
-            for labels in path:
-                out[-1] = torch.cat([self[label](out[-1]) for label in labels], dim=1)
-        return torch.cat(out, dim=1)
+# ================================================================================================
+# 6. The terminal
+# ================================================================================================
 
-class InceptionV3(nn.Sequential):
-    """The 2015 Inception graph: uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008). State-dict names of
-    pt_inception-2015-12-05. Its quirks, all part of published numbers: average pools that leave the padding out of the mean, a last
-    block that pools by maximum, 1,008 outputs for 1,000 classes, and TensorFlow 1's resizing (below)."""
-    def __init__(self):
-        super().__init__(OrderedDict(
-            Conv2d_1a_3x3=unit(3, 32, "3s"), Conv2d_2a_3x3=unit(32, 32, "3", pad=False), Conv2d_2b_3x3=unit(32, 64, "3"), pool1=POOLS["halve"],
-            Conv2d_3b_1x1=unit(64, 80), Conv2d_4a_3x3=unit(80, 192, "3", pad=False), pool2=POOLS["halve"]))
-        width = 192
-        for name, row in GRAPH.items():
-            self.add_module(f"Mixed_{name}", Mixed(width, *row.split()))
-            width = self[-1].width
-        self.add_module("fc", nn.Linear(width, 1008))
-        self.eval().requires_grad_(False)
-    def fold(self):
-        """Merge every batch norm into its convolution: the same function, faster. The state-dict names are lost."""
-        for m in [m for m in self.modules() if hasattr(m, "bn")]:
-            m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
-        return self.to(memory_format=torch.channels_last)
-    def forward(self, images):
-        rows, columns = (resize_matrix(n).to(images.device) for n in images.shape[2:])
-        x = ((rows @ images.float() @ columns.T - 128) / 128).contiguous(memory_format=torch.channels_last)
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        x = x.mean((2, 3))
-        return x, nn.functional.linear(x, self.fc.weight)
 
-@functools.lru_cache(8)
-def resize_matrix(n, to=299):
-    """Bilinear interpolation of n points to `to` as TensorFlow 1 does it, (to, n): point i comes from i * n / to, without half-pixel
-    centres and without antialiasing. Both axes at once: R_h @ image @ R_w'."""
-    at = torch.arange(to) * (n / to)
-    low, part = at.long(), at.frac()[:, None]
-    return (1 - part) * nn.functional.one_hot(low, n) + part * nn.functional.one_hot((low + 1).clamp(max=n - 1), n)
+def one_line(error):
+    return " ".join(str(error).split())
 
-def load_inception(file, device):
-    """The published network, or the one in `file`, ready to measure; its batch norms folded."""
-    net, path = InceptionV3(), Path(file) if file else fetch(WEIGHTS)
-    restore(path, {None: net})
-    if file and sha256(path) != PUBLISHED[WEIGHTS][1]:
-        print(f"note: {path} is not the published network: what it measures is not FID", file=sys.stderr)
-    return net.fold().to(device)
 
-@torch.no_grad()
-def measure(where, items, net, device, skip_bad=False):
-    """Images (files, or an array (N, H, W, 3)) -> mean (2048,) and covariance (2048, 2048) of their features, float64, and logits
-    (N, 1008). Sums accumulate batch by batch; each size of picture is resized by itself."""
-    batch = 10 if device.type == "cpu" else 100  # small ones stay in a CPU's caches: a fifth faster than 50
-    total, outer, found, pictures = 0, 0, [], decoded(where, items, fit, 1 if skip_bad else 0)
-    for _, group in itertools.groupby(pictures, lambda pair: (pair[0] // batch, pair[1].shape)):
-        f, logits = (y.cpu() for y in net(torch.stack([x for _, x in group]).to(device)))
-        total, outer = total + f.double().sum(0), outer + f.double().T @ f.double()
-        found.append(logits)
-    if (n := sum(map(len, found))) < 2:
-        raise BadInput(f"{where}: a covariance takes at least 2 images, and {n} could be read")
-    if n < 2048:
-        print(f"note: {where} has {n} images: below 2,048 FID is biased upward, badly", file=sys.stderr)
-    return total / n, (outer - torch.outer(total, total) / n) / (n - 1), torch.cat(found)
+def note(message):
+    print(f"note: {message}", file=sys.stderr)
 
-def read_set(spec, want_images):
-    """-> images (files, or an array (N, H, W, 3)), or the statistics (mu (2048,), sigma (2048, 2048), None) of an .npz (pytorch-fid's, ADM's)."""
-    if spec in ("shapes", "cifar10"):
-        return load_data(spec, 32).train.permute(0, 2, 3, 1).numpy()
-    arrays = read_arrays(Path(spec)) if Path(spec).suffix == ".npz" and Path(spec).is_file() else {}
-    if not {"mu", "sigma"} <= set(arrays) or want_images and "arr_0" in arrays:
-        return list_images(Path(spec))[1]
-    mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(sigma.sum() + mu.sum()):
-        raise BadInput(f"{spec}: want finite statistics mu (2048,) and sigma (2048, 2048), and it has {mu.shape} and {sigma.shape}")
-    return mu, sigma, None
+
+class Progress:
+    """A line on standard error that says how far, and how long it will still take.
+
+    On a terminal it overwrites itself; elsewhere a plain line comes every ten seconds at most.
+    """
+
+    def __init__(self, what, total, first=0):
+        self.what = what
+        self.total = total
+        self.first = first
+        self.start = time.monotonic()
+        self.shown = self.start  # when it was last shown
+
+    def update(self, done, text=""):
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        finished = done >= self.total
+        pause = 0.2 if terminal else 10
+        if not finished and now - self.shown < pause:
+            return
+        self.shown = now
+        each = (now - self.start) / max(done - self.first, 1)
+        left = int(each * (self.total - done))
+        text = f"{text}  " if text else ""
+        line = f"{self.what} {done}/{self.total}  {text}{left // 60}:{left % 60:02d} left"
+        if terminal:
+            end = "\n" if finished else ""
+            print(f"\r{line}\033[K", end=end, file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def choose(name, options, what):
+    """options[name]; BadInput naming the nearest option if there is none."""
+    if name not in options:
+        nearest = difflib.get_close_matches(name, options, 1, 0)[0]
+        raise BadInput(
+            f"no {what} {name!r}; did you mean {nearest!r}? There are: {', '.join(options)}"
+        )
+    return options[name]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are BadInput, of one line, and which suggests flags."""
+
+    def __init__(self, about, **options):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=about, formatter_class=raw, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise BadInput(message)
+
+    def parse(self):
+        args, unknown = self.parse_known_args()
+        if unknown:
+            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")
+        return args
+
+
+def run_script(main):
+    """main(). What the user can mend becomes one line on standard error, and status 2.
+
+    That is BadInput and, since disks are the user's too, OSError. Ctrl-C is status 130.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)  # over an unfinished progress line
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    what = "a folder of images, an .npz of images or of statistics (mu, sigma), or cifar10"
+    parser.add_argument("reference", help=what)
+    parser.add_argument("samples", help=what)
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=f"a local file of the network (default: {INCEPTION_FILE}, downloaded once)",
+    )
+    parser.add_argument(
+        "--save-stats", metavar="FILE.npz", help="write mu and sigma of the reference"
+    )
+    parser.add_argument(
+        "--paired",
+        action="store_true",
+        help="also the PSNR between the i-th reference image and the i-th sample",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
+    args = parser.parse()
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        raise BadInput(f"--save-stats is {args.save_stats}: it must end in .npz")
+    return args
+
 
 def main():
-    parser = Parser()
-    for name in ("reference", "samples"):
-        parser.add_argument(name, help="a folder of images, an .npz of images or of statistics (mu, sigma), or cifar10: its training images")
-    parser.add_argument("--weights", metavar="FILE", help=f"a local file of the network (default: {WEIGHTS}, downloaded once)")
-    parser.add_argument("--save-stats", metavar="FILE.npz", help="write mu and sigma of the reference")
-    parser.add_argument("--paired", action="store_true", help="also the PSNR between the i-th reference image and the i-th sample")
-    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
-    args, device = parser.parse(__doc__), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    specs = args.reference, args.samples
-    sets = [read_set(spec, want_images) for spec, want_images in zip(specs, (args.paired, True))]
-    known = [isinstance(s, tuple) for s in sets]
-    if args.paired and (any(known) or len(sets[0]) != len(sets[1])) or not (args.save_stats or ".npz").endswith(".npz"):
-        raise BadInput("--paired wants as many samples as reference images, and images of both; --save-stats wants a name in .npz")
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = read_set(args.reference, want_images=args.paired)
+    samples = read_set(args.samples, want_images=True)
+    known = [isinstance(images, Statistics) for images in (reference, samples)]
+    if args.paired and any(known):
+        raise BadInput("--paired wants images, not statistics")
+    if args.paired and len(reference) != len(samples):
+        raise BadInput(f"--paired: {len(reference)} reference images, but {len(samples)} samples")
+
     net = None if all(known) else load_inception(args.weights, device)
-    (mu1, sigma1, _), (mu2, sigma2, logits) = (s if k else measure(spec, s, net, device, args.skip_bad) for spec, s, k in zip(specs, sets, known))
-    print(f"fid {frechet_distance(mu1, sigma1, mu2, sigma2):.6f}")
-    if logits is not None:
-        print("is {:.6f} {:.6f}".format(*inception_score(logits)))
+    stats = []
+    for spec, images in ((args.reference, reference), (args.samples, samples)):
+        if isinstance(images, Statistics):
+            stats.append(images)
+        else:
+            stats.append(measure(spec, images, net, device, args.skip_bad))
+    one, two = stats
+
+    print(f"fid {frechet_distance(one.mu, one.sigma, two.mu, two.sigma):.6f}")
+    if two.logits is not None:
+        mean, std = inception_score(two.logits)
+        print(f"is {mean:.6f} {std:.6f}")
     if args.paired:
-        pairs = zip(*(decoded(spec, s, fit, 0) for spec, s in zip(specs, sets)))
-        print(f"psnr {torch.cat([psnr(a[None], b[None]) for (_, a), (_, b) in pairs]).mean():.4f}")
+        pairs = zip(read_images(args.reference, reference), read_images(args.samples, samples))
+        values = torch.cat([psnr(x[None], y[None]) for (_, x), (_, y) in pairs])
+        print(f"psnr {values.mean():.4f}")
     if args.save_stats:  # last: a disk that fails costs no figure
-        write(Path(args.save_stats), lambda file: np.savez(file, mu=mu1, sigma=sigma1))
+        path = Path(args.save_stats)
+        write_atomically(path, lambda file: np.savez(file, mu=one.mu, sigma=one.sigma))
+
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

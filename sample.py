@@ -1,200 +1,842 @@
 """Pictures and figures of a run.
 
-    python sample.py runs/shapes --n 64 --guidance 2 --steps 25 --seed 1 --out grid.png     # new images
-    python sample.py runs/shapes --n 10000 --out samples.npz                                # for fid.py and ADM's evaluator
-    python sample.py runs/shapes --reconstruct shapes --out pairs.png                       # originals over reconstructions, PSNR
-    python sample.py runs/shapes --retain shapes --out halves.png                           # figure 4: what each half carries
-    python sample.py runs/shapes --uniformity shapes --out scatter.png                      # table 3: how evenly latents lie
+New images, as a picture, or as arrays for fid.py and ADM's evaluator:
+
+    python sample.py runs/shapes --n 64 --guidance 2 --steps 25 --seed 1 --out grid.png
+    python sample.py runs/shapes --n 10000 --out samples.npz
+
+Originals over reconstructions and their PSNR; figure 4 of the paper, what each half of the tokens
+carries; table 3, how evenly the semantic latents lie:
+
+    python sample.py runs/shapes --reconstruct shapes --out pairs.png
+    python sample.py runs/shapes --retain shapes --out halves.png
+    python sample.py runs/shapes --uniformity shapes --out scatter.png
 """
+
 import hashlib
+import json
+import math
+import platform
 import signal
-import sys
-from dataclasses import replace
+from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+if __name__ == "__main__":  # until run_script takes over, Ctrl-C ends the slow imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import gaussian_kde
 
-from fid import WEIGHTS, fetch, frechet_distance, load_data, load_inception, measure, sha256, stream, write
-from glotok import BadInput, Parser, Progress, load_config, load_run, psnr, run, spread, to_float, to_uint8, tsne, uniformity
+from fid import (
+    INCEPTION_FILE,
+    BadInput,
+    Parser,
+    Progress,
+    cached,
+    frechet_distance,
+    load_checkpoint,
+    load_data,
+    load_inception,
+    load_states,
+    measure,
+    note,
+    psnr,
+    run_script,
+    sha256,
+    stream_batches,
+    write_atomically,
+)
+from glotok import (
+    GENERATORS,
+    Config,
+    ConvNet,
+    GloTok,
+    kl_divergence,
+    relation_histogram,
+    sphere_histogram,
+)
 
-# ---------------------------------------------------------------------------------------------------------------- drawing
-INK, RULE, COLOURS = (30, 30, 30), (225, 225, 225), ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878", "#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
-def grid(path, rows, title=""):
-    """rows: a list of (label, uint8 (n, 3, H, W)) -> a PNG, one labelled row each, small pictures enlarged."""
-    rows = [(" ".join(label.split()), images) for label, images in rows]  # a class may be called anything
-    font, gap, side = ImageFont.load_default(14), 4, max(64, rows[0][1].shape[3])
-    left, top = 8 + max(int(font.getlength(label)) for label, _ in rows), 28 if title else gap
-    canvas = Image.new("RGB", (left + (side + gap) * max(len(x) for _, x in rows), top + (side + gap) * len(rows)), "white")
+# ================================================================================================
+# 1. Drawing
+# ================================================================================================
+
+INK = (30, 30, 30)
+RULE = (225, 225, 225)
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878"]
+COLOURS += ["#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
+
+
+def save_png(path, canvas):
+    write_atomically(Path(path), lambda file: canvas.save(file, "PNG"))
+
+
+def save_image_grid(path, rows, title=""):
+    """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG. Small images are enlarged."""
+    # A class may be called anything, line breaks included.
+    rows = [(" ".join(label.split()), images) for label, images in rows]
+    font = ImageFont.load_default(14)
+    gap = 4
+    side = max(64, rows[0][1].shape[3])
+    left = 8 + max(int(font.getlength(label)) for label, _ in rows)
+    top = 28 if title else gap
+    columns = max(len(images) for _, images in rows)
+    width = left + (side + gap) * columns
+    height = top + (side + gap) * len(rows)
+    canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((4, 6), title, INK, font)
     for r, (label, images) in enumerate(rows):
-        draw.text((4, top + r * (side + gap) + side // 2), label, INK, font, anchor="lm")
+        y = top + r * (side + gap)
+        draw.text((4, y + side // 2), label, INK, font, anchor="lm")
         for i, image in enumerate(images):
             picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + i * (side + gap), top + r * (side + gap)))
-    write(Path(path), lambda file: canvas.save(file, "PNG"))
-def grid_of_pairs(path, images, recon, n=12):
-    grid(path, [("original", images[i := spread(len(images), n)]), ("reconstruction", recon[i])], f"held-out images, {psnr(images, recon).mean():.1f} dB over {len(images)}")
-def plot(path, panels, columns=2, W=560, H=320):
-    """panels: a list of (title, x label, [(name, xs, ys), ...], style) -> a PNG; style "line", "log" (of y) or "dots"."""
-    canvas = Image.new("RGB", (W * min(columns, len(panels)), H * -(-len(panels) // columns)), "white")
-    draw, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(12)
-    for p, (title, x_label, lines, style) in enumerate(panels):
-        left, right, top, bottom = p % columns * W + 64, p % columns * W + W - 16, p // columns * H + 50, p // columns * H + H - 44
-        lines = [(name, np.asarray(xs), np.log10(np.maximum(ys, 1e-12)) if style == "log" else np.asarray(ys)) for name, xs, ys in lines]
-        (x0, y0), (x1, y1) = (np.array([f(np.concatenate(axis)) for axis in list(zip(*lines))[1:]]) for f in (np.min, np.max))
-        x1, y1 = x1 + (x1 == x0), y1 + 0.05 * (y1 - y0) + (y1 == y0)
-        legend, place = left, lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
-        for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):  # grid lines and their numbers
-            draw.line([place(x, y0), place(x, y1)], RULE), draw.line([place(x0, y), place(x1, y)], RULE)
-            draw.text((place(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
-            draw.text((left - 5, place(x, y)[1]), f"{10**y if style == 'log' else y:.3g}", INK, small, anchor="rm")
-        draw.text((left, top - 43), title, INK, font), draw.text(((left + right) / 2, bottom + 24), x_label, INK, small, anchor="ma")
-        for colour, (name, xs, ys) in zip(COLOURS, lines):
-            points = list(zip(*place(xs, ys)))
-            [draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour) for x, y in points if style == "dots"]
-            if style != "dots":
-                draw.line(points if len(points) > 1 else points * 2, colour, 2)
-            draw.text((legend, top - 22), name, colour, small)
-            legend += draw.textlength(name, small) + 14
-    write(Path(path), lambda file: canvas.save(file, "PNG"))
+            picture = picture.resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + i * (side + gap), y))
+    save_png(path, canvas)
 
-# ------------------------------------------------------------------------------------------------------- what a run can do
-at_once = lambda model: max(1, min(200, 2**21 // model.config.image_size**2))  # images in a forward pass
+
+def save_pairs(path, images, recon, n=12):
+    """Images above their reconstructions, uint8 (N, 3, H, W) twice: n of them, evenly spaced."""
+    some = evenly_spaced(len(images), n)
+    rows = [("original", images[some]), ("reconstruction", recon[some])]
+    mean = psnr(images, recon).mean()
+    save_image_grid(path, rows, f"held-out images, {mean:.1f} dB over {len(images)}")
+
+
+def evenly_spaced(n, k):
+    """Up to k positions of range(n), evenly spaced: folders come sorted by class."""
+    return torch.arange(min(n, k)) * n // min(n, k)
+
+
+# curves: a list of (name, xs, ys); style: "line", "log" (of y) or "dots"
+Panel = namedtuple("Panel", "title x_label curves style")
+
+
+def save_plot(path, panels, columns=2, width=560, height=320):
+    """Panels -> a PNG; width and height of each in pixels."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    canvas = Image.new("RGB", (width * columns, height * rows), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, panel in enumerate(panels):
+        left = i % columns * width
+        top = i // columns * height
+        draw_panel(draw, panel, (left + 64, left + width - 16), (top + 50, top + height - 44))
+    save_png(path, canvas)
+
+
+def draw_panel(draw, panel, x_range, y_range):
+    """Draw a Panel with its axes at the pixels (left, right) and (top, bottom)."""
+    left, right = x_range
+    top, bottom = y_range
+    font = ImageFont.load_default(15)
+    small = ImageFont.load_default(12)
+    draw.text((left, top - 43), panel.title, INK, font)
+    draw.text(((left + right) / 2, bottom + 24), panel.x_label, INK, small, anchor="ma")
+
+    curves = []
+    for name, xs, ys in panel.curves:
+        ys = np.log10(np.maximum(ys, 1e-12)) if panel.style == "log" else np.asarray(ys)
+        curves.append((name, np.asarray(xs), ys))
+    x_low, x_high = limits([xs for _, xs, _ in curves])
+    y_low, y_high = limits([ys for _, _, ys in curves], room=0.05)
+
+    def pixel(x, y):
+        px = left + (x - x_low) / (x_high - x_low) * (right - left)
+        py = bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
+        return px, py
+
+    for x, y in zip(np.linspace(x_low, x_high, 5), np.linspace(y_low, y_high, 5)):
+        draw.line([pixel(x, y_low), pixel(x, y_high)], RULE)
+        draw.line([pixel(x_low, y), pixel(x_high, y)], RULE)
+        draw.text((pixel(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
+        value = 10**y if panel.style == "log" else y
+        draw.text((left - 5, pixel(x, y)[1]), f"{value:.3g}", INK, small, anchor="rm")
+
+    legend = left
+    for colour, (name, xs, ys) in zip(COLOURS, curves):
+        points = list(zip(*pixel(xs, ys)))
+        if panel.style == "dots":
+            for x, y in points:
+                draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour)
+        elif len(points) > 1:
+            draw.line(points, colour, 2)
+        else:
+            draw.point(points, colour)
+        draw.text((legend, top - 22), name, colour, small)
+        legend += draw.textlength(name, small) + 14
+
+
+def limits(values, room=0.0):
+    """The least and the greatest of a list of arrays, apart by more than 0; room above, a share."""
+    values = np.concatenate(values)
+    low = values.min()
+    high = values.max()
+    if high == low:
+        return low, low + 1
+    return low, high + room * (high - low)
+
+
+# ================================================================================================
+# 2. A run: load it, encode, decode, generate
+# ================================================================================================
+
+
+def make_config(settings):
+    """A dict of settings -> Config; BadInput if they do not fit."""
+    try:
+        return Config(**settings)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def load_config(folder):
+    """The Config of the run in `folder`, and the name of its preset."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        preset = saved.pop("preset")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return Config(**settings), preset
+    except FileNotFoundError:
+        raise BadInput(f"no run in {folder}: there is no {path}") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"{path} is not a run's settings: {error}") from None
+
+
+def load_run(folder, device="cpu"):
+    """The trained tokenizer of a run folder, a GloTok in eval mode."""
+    folder = Path(folder)
+    config, _ = load_config(folder)
+    model = GloTok(config).to(device)
+    path = folder / "tokenizer.pt"
+    load_states(path, {"model": model}, load_checkpoint(path, device))
+    return model.eval()
+
+
+def load_generator(folder, device="cpu"):
+    """The trained generator of a run folder, the moving average of its weights, in eval mode."""
+    folder = Path(folder)
+    config, _ = load_config(folder)
+    path = folder / "generator.pt"
+    if not path.exists():
+        raise BadInput(
+            f"{folder} has no generator yet: "
+            f"python train.py --stage generator --resume --out {folder}"
+        )
+    generator = GENERATORS[config.generator](config).to(device)
+    load_states(path, {"ema_model": generator}, load_checkpoint(path, device))
+    return generator.eval()
+
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
+    images = images.to(device, non_blocking=True)
+    return images.to(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float images in [-1, 1], clipped -> uint8, rounded."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def images_at_once(config):
+    """How many images go through the tokenizer in one pass."""
+    return max(1, min(200, 2**21 // config.image_size**2))
+
+
+def read_at(images, index, size):
+    """images[index], uint8 (n, 3, size, size), of images in memory or of files."""
+    batches = stream_batches(images, index.split(100), torch.device("cpu"), size)
+    return torch.cat(list(batches))
+
+
 @torch.no_grad()
-def encode_all(model, images, at, device):
-    """uint8 images (N, 3, H, W), or files; positions at (n,) -> their semantic and visual indices, int32 (n, 2, h, w), on the CPU."""
-    progress, out = Progress("encoding", len(at)), []
-    for part in stream(images, at.split(at_once(model)), device, model.config.image_size):
-        out.append(torch.stack(model.encode(to_float(part, device)), dim=1).int().cpu())
-        progress(sum(map(len, out)))
-    return torch.cat(out)
+def encode_all(model, images, index, device):
+    """images[index] -> their semantic and visual tokens, int32 (n, 2, h, w), on the CPU."""
+    config = model.config
+    batches = index.split(images_at_once(config))
+    progress = Progress("encoding", len(index))
+    tokens = []
+    done = 0
+    for batch in stream_batches(images, batches, device, config.image_size):
+        sem, vis = model.encode(to_float(batch, device))
+        tokens.append(torch.stack([sem, vis], dim=1).int().cpu())
+        done += len(batch)
+        progress.update(done)
+    return torch.cat(tokens)
+
+
 @torch.no_grad()
-def decode_all(model, found, device, scale=1.0):
-    """Indices (N, 2, h, w), or generated latents (N, C, h, w) in units of scale -> uint8 images on the CPU."""
-    decode = lambda z: model.from_latents(scale * z) if z.is_floating_point() else model.decode(*z.unbind(1))
-    return torch.cat([to_uint8(decode(part.to(device))).cpu() for part in found.split(at_once(model))])
-def fid_of(reference, images, device):
-    """FID of uint8 images (N, 3, H, W) if the network is there; None, and a line that says why, if not."""
-    if not (path := fetch(WEIGHTS, download=False)).exists():
-        return print(f"note: FID is not measured, for {path} is not there; fid.py downloads it", file=sys.stderr)
+def decode_all(model, tokens, device):
+    """Tokens int (N, 2, h, w) -> uint8 images on the CPU."""
+    images = []
+    for part in tokens.split(images_at_once(model.config)):
+        sem, vis = part.to(device).unbind(1)
+        images.append(to_uint8(model.decode(sem, vis)).cpu())
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def decode_generated(model, latents):
+    """Generated latents (N, C, h, w) -> uint8 images on the CPU."""
+    parts = latents.split(images_at_once(model.config))
+    return torch.cat([to_uint8(model.from_latents(part)).cpu() for part in parts])
+
+
+GENERATE_BATCH = 100
+
+
+@torch.no_grad()
+def generate(model, generator, labels, config, seed, first=0):
+    """Labels (n,) -> uint8 images on the CPU, yielded in batches of 100, from image `first` on.
+
+    Steps and guidance are the config's. Each batch has its own seed, so that any can be made anew.
+    """
+    for i in range(first, len(labels), GENERATE_BATCH):
+        torch.manual_seed(seed + 1_000_003 * i)
+        batch = labels[i : i + GENERATE_BATCH]
+        generated = generator.sample(batch, config.sampling_steps, config.guidance)
+        if config.generator == "far":
+            yield decode_all(model, generated, labels.device)
+        else:
+            yield decode_generated(model, generated)
+
+
+# ================================================================================================
+# 3. What a finished run reports
+# ================================================================================================
+
+# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives
+Run = namedtuple("Run", "config out data teacher device")
+
+
+@torch.no_grad()
+def report_tokenizer(run, model, hist_before, figures):
+    """Held-out figures and two pictures of a trained tokenizer -> the figures, a dict.
+
+    hist_before: the semantic codebook's histogram before training; figures: further ones.
+    """
+    c = run.config
+    index = evenly_spaced(len(run.data.val), c.eval_images)
+    images = read_at(run.data.val, index, c.image_size)
+    tokens = encode_all(model, images, torch.arange(len(images)), run.device)
+    recon = decode_all(model, tokens, run.device)
+    teacher_hist = run.teacher["histogram"]
+    hist_after = relation_histogram(model.codebook_sem, c.bins).cpu()
+    sem, vis = tokens.unbind(1)
+    metrics = {
+        "psnr": psnr(images, recon).mean().item(),
+        "usage_sem": len(sem.unique()) / c.codes_sem,
+        "usage_vis": len(vis.unique()) / c.codes_vis,
+        "hist_kl": kl_divergence(teacher_hist, hist_after).item(),
+        **figures,
+        "images": len(images),
+        "device": device_name(run.device),
+    }
+    rfid = fid_between(images, recon, run.device)
+    if rfid is not None:
+        metrics["rfid"] = rfid
+    classify = load_classifier(run)
+    if classify:  # does the teacher still see the same class?
+        metrics["class_agreement"] = (classify(images) == classify(recon)).float().mean().item()
+
+    save_pairs(run.out / "reconstructions.png", images, recon)
+    bins = torch.linspace(-1, 1, c.bins)
+    curves = [
+        (f"teacher ({Path(c.teacher).name})", bins, teacher_hist),
+        ("codebook after", bins, hist_after),
+        ("codebook before", bins, hist_before.cpu()),
+        (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins)),
+    ]
+    title = f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3f}"
+    save_plot(run.out / "histogram.png", [Panel(title, "cosine similarity", curves, "line")])
+    return metrics
+
+
+@torch.no_grad()
+def report_generator(run, model, generator, figures, per_class=16):
+    """samples.png, a row for each of the first ten classes -> figures, a dict.
+
+    Among them how often the convnet teacher, if it is one, sees the class that was asked for, in
+    per_class images of each of them; 12 are shown.
+    """
+    c = run.config
+    classes = run.data.classes[:10]
+    labels = torch.arange(len(classes), device=run.device).repeat_interleave(per_class)
+    images = torch.cat(list(generate(model, generator, labels, c, c.seed)))
+    rows = [(name, images[k * per_class :][:12]) for k, name in enumerate(classes)]
+    save_image_grid(run.out / "samples.png", rows, f"generated, guidance {c.guidance:g}")
+
+    metrics = {f"generator_{name}": value for name, value in figures.items()}
+    classify = load_classifier(run)
+    if classify:
+        right = classify(images) == labels.cpu()
+        metrics["samples_class_accuracy"] = right.float().mean().item()
+    return metrics
+
+
+def load_convnet(teacher, device):
+    """The network of a convnet teacher, in eval mode."""
+    net = ConvNet(teacher["classes"]).to(device).eval()
+    net.load_state_dict(teacher["convnet"])
+    return net
+
+
+def load_classifier(run):
+    """The convnet teacher as a function: uint8 images -> classes (N,). None for other teachers."""
+    if "convnet" not in run.teacher:
+        return None
+    net = load_convnet(run.teacher, run.device)
+
+    def classify(images):
+        parts = images.split(100)
+        return torch.cat([net(to_float(part, run.device)).argmax(1).cpu() for part in parts])
+
+    return classify
+
+
+def fid_between(reference, images, device):
+    """FID of uint8 images (N, 3, H, W) twice; None, with a note, if the network is not there."""
+    path = cached(INCEPTION_FILE)
+    if not path.exists():
+        note(f"FID is not measured, for {path} is not there; fid.py downloads it")
+        return None
     net = load_inception(None, device)
-    one, two = (measure(what, x.permute(0, 2, 3, 1).numpy(), net, device)[:2] for what, x in (("reference", reference), ("images", images)))
-    return frechet_distance(*one, *two)
+    one = measure("reference", reference.permute(0, 2, 3, 1).numpy(), net, device)
+    two = measure("images", images.permute(0, 2, 3, 1).numpy(), net, device)
+    return frechet_distance(one.mu, one.sigma, two.mu, two.sigma)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def read_log(folder):
+    """The rows of log.jsonl, a list of dicts. A last line cut short by a crash is left out."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row for row in rows if row["stage"] and row["step"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{path} is damaged ({error}): "
+            "move it away, and --resume goes on without the old curves"
+        ) from None
+
+
+# stage, title, style, names in log.jsonl
+CURVES = [
+    ("tokenizer", "PSNR of training images, dB", "line", ["psnr"]),
+    ("tokenizer", "L_R and L_P, eq. (3)", "log", ["recon", "perceptual"]),
+    ("tokenizer", "L_Q (1) and L_res (10)", "log", ["quantize", "residual"]),
+    ("tokenizer", "L_hist (7)", "log", ["hist"]),
+    ("tokenizer", "share of codes in use", "line", ["usage_sem", "usage_vis"]),
+    ("tokenizer", "L_G and the discriminator's loss", "line", ["adv", "disc"]),
+    ("generator", "flow matching (xar)", "log", ["flow"]),
+    ("generator", "cross-entropy (far), nats", "line", ["entropy"]),
+    ("tokenizer", "local loss, 1 - cosine", "line", ["local"]),
+]
+
+
+def draw_curves(folder):
+    """log.jsonl -> curves.png."""
+    rows = read_log(folder)
+    panels = []
+    for stage, title, style, names in CURVES:
+        curves = []
+        for name in names:
+            found = [row for row in rows if row["stage"] == stage and name in row]
+            if found:
+                steps = [row["step"] for row in found]
+                curves.append((name, steps, [row[name] for row in found]))
+        if curves:
+            panels.append(Panel(title, f"{stage} step", curves, style))
+    if panels:
+        save_plot(folder / "curves.png", panels)
+
+
+# ================================================================================================
+# 4. Figure 4: what the visual and the semantic latents carry
+# ================================================================================================
+
+
 @torch.no_grad()
-def generate(model, generator, scale, labels, steps, guidance, seed, first=0, batch=100):
-    """Labels (n,) -> uint8 images on the CPU, a batch (100, 3, H, W) at a time from image `first` on; each batch has its own seed."""
-    for i in range(first, len(labels), batch):
-        torch.manual_seed(seed + i)
-        yield decode_all(model, generator.sample(labels[i:i + batch], steps, guidance), labels.device, scale)  # latents (xar) or indices (far)
-def write_npz(path, labels, size, key, draw, batch=100):
-    """The images of draw(first), a generator of batches from image `first` on -> .npz of arr_0 uint8 (N, H, W, 3) and labels, as ADM's
-    evaluator reads it. Finished batches wait in a hidden file that bears `key`: after a stop the same command goes on from there."""
-    part, whole = path.with_name(f".{path.name}.{key}.part"), batch * size * size * 3
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as file:
-        done = min(file.tell() // whole * batch, len(labels))
-        file.truncate(done // batch * whole)
-        progress = Progress("sampling", len(labels), done)
-        for images in draw(done):
-            file.write(images.permute(0, 2, 3, 1).numpy().tobytes()), file.flush()
-            progress(done := done + len(images))
-    images = np.memmap(part, np.uint8, "r", shape=(len(labels), size, size, 3))
-    write(path, lambda file: np.savez(file, arr_0=images, labels=labels.cpu().numpy()))
-    part.unlink()
-@torch.no_grad()
-def retain(path, model, original, indices):
-    """Figure 4: decode with the visual latents at a share of the positions (paper silent: random ones, each share within the next), 0 elsewhere."""
-    sem, vis = model.composite(*indices.unbind(1))  # (B, T, d)
-    order, rows = torch.rand(vis.shape[:2], device=vis.device).argsort(1).argsort(1), [("original", original[spread(len(original), 12)])]
-    for semantic, share in [(1, share) for share in (0, 25, 50, 75, 100)] + [(0, share) for share in (25, 50, 75, 100)]:
-        out = to_uint8(model.decode_latents(semantic * sem, vis * (order < share / 100 * vis.shape[1])[:, :, None])).cpu()
-        rows.append((f"{'semantic + ' * semantic}{share} % visual{' alone' * (1 - semantic)}: {psnr(original, out).mean():.1f} dB", out[spread(len(out), 12)]))
-    grid(path, rows, f"what the visual and the semantic latents carry; PSNR over {len(original)} held-out images")
+def retain(path, model, images, tokens):
+    """Decode with the visual latents at a share of the positions, 0 elsewhere -> a PNG.
+
+    With the semantic latents and without. Paper silent on which positions: random ones, and each
+    share holds the smaller shares. images uint8 (N, 3, H, W), tokens (N, 2, h, w).
+    """
+    sem, vis = model.code_vectors(*tokens.unbind(1))  # (N, T, d) each
+    res_sem, res_vis = model.residuals(sem, vis)
+    sem = sem + res_sem
+    vis = vis + res_vis
+    positions = vis.shape[1]
+    rank = torch.rand(vis.shape[:2], device=vis.device).argsort(1)  # (N, T), random permutations
+    some = evenly_spaced(len(images), 12)
+    rows = [("original", images[some])]
+    for with_semantic, shares in ((True, (0, 25, 50, 75, 100)), (False, (25, 50, 75, 100))):
+        for share in shares:
+            retained = rank < share / 100 * positions  # (N, T)
+            shown_sem = sem if with_semantic else torch.zeros_like(sem)
+            recon = model.decode_latents(shown_sem, vis * retained[:, :, None])
+            recon = to_uint8(recon).cpu()
+            name = f"semantic + {share} % visual" if with_semantic else f"{share} % visual alone"
+            rows.append((f"{name}: {psnr(images, recon).mean():.1f} dB", recon[some]))
+    title = "what the visual and the semantic latents carry; "
+    save_image_grid(path, rows, f"{title}PSNR over {len(images)} held-out images")
+
+
 @torch.no_grad()
 def probe(model, images, labels, n, device):
-    """Figure 4 as numbers: what linear (ridge) regression from the code vectors of one half, fitted on the first n images, makes of the class and
-    of the mean colour of the others: images uint8 (N, 3, H, W), labels (N,) -> {half: (accuracy, R2 of the colour)}."""
-    y, found = torch.cat([torch.eye(int(labels.max()) + 1)[labels], images.mean((2, 3), dtype=torch.float32)], dim=1), {}
-    indices = encode_all(model, images, torch.arange(len(images)), device).long()
-    for name, codes, index in zip(("semantic", "visual"), (model.codebook_sem, model.codebook_vis), indices.unbind(1)):
-        x = codes.cpu()[index].flatten(1)  # (N, h * w * d)
-        x, mean = (x - x[:n].mean(0)) / x[:n].std(0).clamp_min(1e-6), y[:n].mean(0)
-        guess = mean + x[n:] @ torch.linalg.solve(x[:n].T @ x[:n] + 0.3 * n * torch.eye(x.shape[1]), x[:n].T @ (y[:n] - mean))
-        wrong, apart = ((v - y[n:])[:, -3:].square().sum() for v in (guess, mean))
-        found[name] = (guess[:, :-3].argmax(1) == labels[n:]).float().mean().item(), 1 - (wrong / apart).item()
+    """Figure 4 as numbers: how well a linear map of one half's code vectors tells an image.
+
+    Ridge regression, fitted on the first n images, predicts the class and the mean colour of the
+    others. images uint8 (N, 3, H, W), labels (N,) -> {"semantic" and "visual": (accuracy, R2 of
+    the colour)}.
+    """
+    classes = torch.eye(int(labels.max()) + 1)[labels]  # (N, classes)
+    colours = images.mean((2, 3), dtype=torch.float32)  # (N, 3)
+    y = torch.cat([classes, colours], dim=1)
+    y_mean = y[:n].mean(0)
+    tokens = encode_all(model, images, torch.arange(len(images)), device).long()
+    halves = {"semantic": model.codebook_sem, "visual": model.codebook_vis}
+    found = {}
+    for (name, codebook), index in zip(halves.items(), tokens.unbind(1)):
+        x = codebook.cpu()[index].flatten(1)  # (N, h * w * d)
+        x = (x - x[:n].mean(0)) / x[:n].std(0).clamp_min(1e-6)
+        ridge = 0.3 * n * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(x[:n].T @ x[:n] + ridge, x[:n].T @ (y[:n] - y_mean))
+        guess = y_mean + x[n:] @ weight
+        accuracy = (guess[:, :-3].argmax(1) == labels[n:]).float().mean()
+        error = (guess - y[n:])[:, -3:].square().sum()
+        variance = (y_mean - y[n:])[:, -3:].square().sum()
+        found[name] = (accuracy.item(), 1 - (error / variance).item())
     return found
-def measure_uniformity(path, index, codes, labels, classes, runs):
-    """Table 3, as VA-VAE: one random position of each image, its code vector normalised per channel, t-SNE to the plane, density
-    there; over `runs` runs. index (N, h, w) into codes (n, d) -> {measure: (mean, deviation)}; the scatter of the last run as a PNG."""
-    found, progress, index = [], Progress("t-SNE run", runs), index.flatten(1)
-    for run_ in range(runs):
-        z = codes[index.gather(1, torch.randint(index.shape[1], (len(index), 1)))[:, 0].to(codes.device)]  # (N, d)
-        found.append(uniformity(points := tsne((z - z.mean(0)) / z.std(0).clamp_min(1e-9)).cpu()))
-        progress(run_ + 1)
-    plot(path, [(f"t-SNE of {len(index)} semantic latents, coloured by class", "density CV {density_cv:.3f}, normalized entropy "
-                 "{normalized_entropy:.4f}, Gini {gini:.4f}".format(**found[-1]),
-                 [(" ".join(name.split()), *points[labels == k].T) for k, name in enumerate(classes[:10]) if (labels == k).any()], "dots")], W=700, H=700)
-    return {k: torch.std_mean(torch.tensor([f[k] for f in found]), correction=0)[::-1] for k in found[0]}
+
+
+# ================================================================================================
+# 5. Table 3: how evenly the semantic latents lie
+# ================================================================================================
+# The protocol of VA-VAE: a random position of each image, its code vector normalised per channel,
+# t-SNE to the plane, a kernel density estimate at the points themselves, and how uneven that is.
+#
+# t-SNE (van der Maaten and Hinton 2008), exact. p_ij says how probably i and j pick each other as
+# neighbours, Gaussian in their distance, each point with a width of its own that gives it
+# `perplexity` neighbours (the exponential of the entropy). q_ij says the same in the plane, with
+# weights w = 1 / (1 + distance^2). Descend KL(p || q), whose gradient is
+#
+#     dKL / dy_i = 4 sum_j (p_ij - q_ij) w_ij (y_i - y_j).
+
+
+def tsne(x, perplexity=30.0, steps=1000):
+    """Points x (n, d) -> (n, 2). Memory 4 n^2 floats. Starts from the global random generator."""
+    n = len(x)
+    p = neighbour_probabilities(x.float(), perplexity)
+    y = 1e-4 * torch.randn(n, 2, device=x.device)
+    speed = torch.zeros_like(y)
+    gain = torch.ones_like(y)
+    learning_rate = max(n / 48, 50)
+    for step in range(steps):
+        # At first p is exaggerated and momentum small: clusters form before they settle.
+        early = step < steps // 4
+        w = squared_distances(y, y).add_(1).reciprocal_().fill_diagonal_(0)
+        q = w / w.sum()
+        if early:
+            force = torch.sub(p, q, alpha=1 / 12).mul_(12 * w)  # (12 p - q) w
+        else:
+            force = (p - q).mul_(w)
+        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
+        # larger steps while the sign of the gradient persists
+        gain = torch.where(gradient * speed > 0, 0.8 * gain, gain + 0.2).clamp_min(0.01)
+        speed = (0.5 if early else 0.8) * speed - learning_rate * gain * gradient
+        y = y + speed
+    return y
+
+
+def squared_distances(x, y):
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+
+
+def neighbour_probabilities(x, perplexity):
+    """p of t-SNE, (n, n), for points x (n, d) float32."""
+    n = len(x)
+    entropy = math.log(min(perplexity, (n - 1) / 3))
+    bands = []
+    for rows in torch.arange(n, device=x.device).split(1000):
+        distance = squared_distances(x[rows], x)
+        distance[torch.arange(len(rows)), rows] = torch.inf  # nobody is a neighbour of itself
+        # Bisect the logarithm of the precision, row by row, until the entropy fits.
+        low = x.new_full((len(rows), 1), -50)
+        high = x.new_full((len(rows), 1), 50)
+        for _ in range(40):
+            middle = (low + high) / 2
+            share = torch.softmax(-middle.exp() * distance, dim=1)
+            too_wide = torch.special.entr(share).sum(1, keepdim=True) > entropy
+            low = torch.where(too_wide, middle, low)
+            high = torch.where(too_wide, high, middle)
+        bands.append(share)
+    p = torch.cat(bands)
+    return (p + p.T) / (2 * n)
+
+
+def uniformity(points):
+    """Table 3's measures of points (n, 2), from their Gaussian kernel density at the points.
+
+    "density_cv": standard deviation / mean of the densities; "normalized_entropy": entropy of the
+    densities' shares / log n; "gini": mean absolute difference / (2 mean). Perfectly even: 0, 1, 0.
+    """
+    at = points.double().T.cpu().numpy()
+    density = torch.from_numpy(gaussian_kde(at)(at)).sort().values  # Scott's bandwidth
+    n = len(density)
+    share = density / density.sum()
+    cv = density.std(correction=0) / density.mean()
+    entropy = torch.special.entr(share).sum() / math.log(n)
+    gini = ((2 * torch.arange(1, n + 1) - n - 1) * share).sum() / n
+    return {
+        "density_cv": cv.item(),
+        "normalized_entropy": entropy.item(),
+        "gini": gini.item(),
+    }
+
+
+def repeat_uniformity(codebook, tokens, runs):
+    """Table 3 of semantic tokens (N, h, w) into a codebook (n, d), `runs` times.
+
+    -> the measures of each run, a list of dicts, and the points (N, 2) of the last.
+    """
+    tokens = tokens.flatten(1)  # (N, T)
+    progress = Progress("t-SNE run", runs)
+    measures = []
+    for run in range(runs):
+        position = torch.randint(tokens.shape[1], (len(tokens), 1))
+        chosen = tokens.gather(1, position)[:, 0]  # (N,)
+        z = codebook[chosen.to(codebook.device)]  # (N, d)
+        z = (z - z.mean(0)) / z.std(0).clamp_min(1e-9)
+        points = tsne(z).cpu()
+        measures.append(uniformity(points))
+        progress.update(run + 1)
+    return measures, points
+
+
+def save_scatter(path, points, labels, classes, measures):
+    """t-SNE points (N, 2), coloured by class -> a PNG that names their measures."""
+    curves = []
+    for k, name in enumerate(classes[:10]):
+        of_class = points[labels == k]
+        if len(of_class):
+            curves.append((" ".join(name.split()), *of_class.T))
+    x_label = (
+        f"density CV {measures['density_cv']:.3f}, "
+        f"normalized entropy {measures['normalized_entropy']:.4f}, Gini {measures['gini']:.4f}"
+    )
+    title = f"t-SNE of {len(points)} semantic latents, coloured by class"
+    save_plot(path, [Panel(title, x_label, curves, "dots")], width=700, height=700)
+
+
+# ================================================================================================
+# 6. The commands
+# ================================================================================================
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder of train.py")
+    add("--n", type=int, default=64, help="pictures (default %(default)s)")
+    add(
+        "--classes", type=int, nargs="+", metavar="K", help="classes to draw, in turn (default all)"
+    )
+    add("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
+    add("--guidance", type=float, help="guidance of the last cell; 1: none (default: the run's)")
+    add("--seed", type=int, default=0, help="same seed, same pictures (default %(default)s)")
+    add(
+        "--out",
+        metavar="FILE",
+        default="samples.png",
+        help="a picture (.png), or new images as arrays (.npz) (default %(default)s)",
+    )
+    val = "held-out images of shapes, cifar10, a folder, or an .npz"
+    add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
+    add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
+    add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
+    add("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
+    add("--force", action="store_true", help="overwrite the file")
+    args = parser.parse()
+    args.run = Path(args.run)
+    args.out = Path(args.out)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s]
+    if len(specs) > 1:
+        raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
+    if specs and args.out.suffix != ".png":
+        raise BadInput(f"--out {args.out} must end in .png")
+    if args.out.suffix not in (".png", ".npz"):
+        raise BadInput(f"--out {args.out} must end in .png or .npz")
+    if args.out.suffix == ".png" and not 0 < args.n <= 10**4:
+        raise BadInput(f"--n {args.n} must lie in 1 to 10,000 for a picture (more: --out X.npz)")
+    if not 0 < args.n <= 10**7:
+        raise BadInput(f"--n {args.n} must lie in 1 to 10 million")
+    if not 0 <= args.seed < 2**31:
+        raise BadInput(f"--seed {args.seed} must lie in 0 to 2^31 - 1")
+    if not 0 < args.runs <= 1000:
+        raise BadInput(f"--runs {args.runs} must lie in 1 to 1,000")
+    if args.out.exists() and not args.force:
+        raise BadInput(f"{args.out} exists: choose another --out, or overwrite it with --force")
+
+
+# What the three commands on held-out images have in common.
+ValSet = namedtuple("ValSet", "data images labels tokens")
+
+
+def read_val_set(model, spec, n, device):
+    """The tokenizer's ValSet: n held-out images of a data SPEC, evenly spaced, and their tokens."""
+    c = model.config
+    data = load_data(spec, c.image_size, c.seed)
+    index = evenly_spaced(len(data.val), n)
+    images = read_at(data.val, index, c.image_size)
+    tokens = encode_all(model, images, torch.arange(len(images)), device)
+    return ValSet(data, images, data.val_labels[index], tokens)
+
+
+def command_reconstruct(args, config, device):
+    model = load_run(args.run, device)
+    val = read_val_set(model, args.reconstruct, config.eval_images, device)
+    recon = decode_all(model, val.tokens, device)
+    save_pairs(args.out, val.images, recon)
+    rfid = fid_between(val.images, recon, device)
+    message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
+    message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
+    if rfid is not None:
+        message += f", FID {rfid:.3f}"
+    print(message)
+
+
+def command_retain(args, config, device):
+    model = load_run(args.run, device)
+    val = read_val_set(model, args.retain, min(config.eval_images, 5000), device)
+    torch.manual_seed(args.seed)
+    train_index = torch.randperm(len(val.data.train))[:4000]
+    shown = evenly_spaced(len(val.images), images_at_once(config))
+    retain(args.out, model, val.images[shown], val.tokens[shown].to(device))
+    print(f"{args.out}: {len(shown)} held-out images of {args.retain}")
+
+    train_images = read_at(val.data.train, train_index, config.image_size)
+    images = torch.cat([train_images, val.images])
+    labels = torch.cat([val.data.train_labels[train_index], val.labels])
+    for half, (accuracy, r2) in probe(model, images, labels, len(train_index), device).items():
+        print(
+            f"{half} codes alone: a linear probe finds the class of {100 * accuracy:.1f} %, "
+            f"the mean colour with R2 {r2:.3f}"
+        )
+
+
+def command_uniformity(args, config, device):
+    model = load_run(args.run, device)
+    # at most the 10,000 of the paper's protocol: memory grows with the square
+    val = read_val_set(model, args.uniformity, min(config.eval_images, 10000), device)
+    torch.manual_seed(args.seed)
+    codebook = model.codebook_sem.detach()
+    measures, points = repeat_uniformity(codebook, val.tokens[:, 0], args.runs)
+    save_scatter(args.out, points, val.labels, val.data.classes, measures[-1])
+    figures = []
+    for name in measures[0]:
+        values = torch.tensor([each[name] for each in measures])
+        figures.append(f"{name} {values.mean():.4f} +- {values.std(correction=0):.4f}")
+    print(
+        f"{args.out}: {len(points)} held-out images of {args.uniformity}: "
+        f"{', '.join(figures)} over {args.runs} runs"
+    )
+
+
+def command_sample(args, config, device):
+    classes = args.classes or list(range(config.classes))
+    model = load_run(args.run, device)
+    generator = load_generator(args.run, device)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
+
+    def batches(first=0):
+        return generate(model, generator, labels, config, args.seed, first)
+
+    if args.out.suffix == ".npz":
+        files = [sha256(args.run / f"{stage}.pt") for stage in ("tokenizer", "generator")]
+        made_of = (classes, args.seed, asdict(config), *files)
+        key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
+        write_npz(args.out, labels, config.image_size, key, batches)
+    else:
+        images = torch.cat(list(batches()))
+        columns = len(classes) if 8 <= len(classes) <= 16 else 8
+        if len(classes) < 8:
+            columns = len(classes) * (8 // len(classes))  # whole turns of the classes
+        rows = [("", row) for row in images.split(columns)]
+        save_image_grid(args.out, rows)
+    listed = ", ".join(str(k) for k in args.classes) if args.classes else f"0 to {classes[-1]}"
+    print(f"{args.out}: {args.n} pictures of classes {listed}")
+
+
+def write_npz(path, labels, size, key, batches):
+    """The images of batches(first), which yields them from image `first` on -> an .npz.
+
+    As ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3) and labels. Finished batches wait in a
+    hidden file that bears `key`, a hash of what makes the images; after a stop the same command
+    goes on from there.
+    """
+    n = len(labels)
+    batch_bytes = GENERATE_BATCH * size * size * 3
+    part = path.with_name(f".{path.name}.{key}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab") as file:
+        finished = file.tell() // batch_bytes
+        file.truncate(finished * batch_bytes)
+        done = min(finished * GENERATE_BATCH, n)
+        progress = Progress("sampling", n, done)
+        for images in batches(done):
+            file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
+            file.flush()
+            done += len(images)
+            progress.update(done)
+    images = np.memmap(part, np.uint8, "r", shape=(n, size, size, 3))
+    arrays = {"arr_0": images, "labels": labels.cpu().numpy()}
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+    part.unlink()
+
 
 def main():
-    parser = Parser()
-    parser.add_argument("run", metavar="RUN", help="a run folder of train.py")
-    parser.add_argument("--n", type=int, default=64, help="pictures (default %(default)s)")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="the classes to draw, in turn (default all)")
-    parser.add_argument("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance of the last cell, 1 is none (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default %(default)s)")
-    parser.add_argument("--out", metavar="FILE", default="samples.png", help="a picture (.png), or new images as arrays (.npz) (default %(default)s)")
-    for flag, what in (("reconstruct", "reconstruct them"), ("retain", "figure 4: decode from parts of the latents"), ("uniformity", "table 3")):
-        parser.add_argument(f"--{flag}", metavar="SPEC", help=f"held-out images of shapes, cifar10, a folder, or an .npz: {what}")
-    parser.add_argument("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
-    parser.add_argument("--force", action="store_true", help="overwrite the file")
-    args = parser.parse(__doc__)
-    folder, device, out = Path(args.run), torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.out)
-    config = replace(load_config(folder)[0], **{k: v for k, v in {"sampling_steps": args.steps, "guidance": args.guidance}.items() if v is not None})
-    specs = list(filter(None, (args.reconstruct, args.retain, args.uniformity)))
-    if len(specs) > 1 or out.suffix not in (".png", ".png" if specs else ".npz") or not (
-            0 < args.n <= 10**(7 if out.suffix == ".npz" else 4) and 0 <= args.seed < 2**31 and 0 < args.runs <= 1000):
-        raise BadInput(f"--n {args.n} must lie in 1 to 10,000 (.npz: 10 million), --runs {args.runs} in 1 to 1,000, --seed {args.seed} in 0 to 2^31 - 1, "
-                       f"--out {out} end in .png (samples: or .npz), and at most one of --reconstruct, --retain, --uniformity be given")
-    if strange := [k for k in args.classes or [] if not 0 <= k < config.classes]:
-        raise BadInput(f"--classes {strange[0]}: the run has classes 0 to {config.classes - 1}")
-    if out.exists() and not args.force:
-        raise BadInput(f"{out} exists: choose another --out, or overwrite it with --force")
-    if specs:
-        model, data = load_run(folder, device), load_data(specs[0], config.image_size, config.seed)
-        i = spread(len(data.held), min(config.eval_images, 5000) if args.retain else config.eval_images)
-        labels, said = data.held_labels[i], f"{out}: {len(i)} held-out images of {specs[0]}"
-        torch.manual_seed(args.seed)
-        read = lambda images, at: torch.cat([*stream(images, at.split(100), torch.device("cpu"), config.image_size)])
-        indices = encode_all(model, held := read(data.held, i), torch.arange(len(i)), device)
-        if args.retain:
-            few, some = spread(len(held), at_once(model)), torch.randperm(len(data.train))[:4000]
-            retain(out, model, held[few], indices[few].to(device))
-            found = probe(model, torch.cat([read(data.train, some), held]), torch.cat([data.train_labels[some], labels]), len(some), device)
-            said += "".join(f"\n{half} codes alone: a linear probe finds the class of {100 * right:.1f} %, the mean colour with R2 {r2:.3f}" for half, (right, r2) in found.items())
-        elif args.uniformity:
-            found = measure_uniformity(out, indices[:, 0], model.codebook_sem.detach(), labels, data.classes, args.runs)
-            said += f": {', '.join(f'{k} {mean:.4f} +- {std:.4f}' for k, (mean, std) in found.items())} over {args.runs} runs"
-        else:
-            recon = decode_all(model, indices, device)
-            grid_of_pairs(out, held, recon)
-            said += f": PSNR {psnr(held, recon).mean():.2f} dB" + ("" if (fid := fid_of(held, recon, device)) is None else f", FID {fid:.3f}")
-        return print(said)
-    classes, (model, generator, scale) = args.classes or [*range(config.classes)], load_run(folder, device, generator=True)
-    labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
-    draw = lambda first=0: generate(model, generator, scale, labels, config.sampling_steps, config.guidance, args.seed, first)
-    if out.suffix == ".npz":
-        made_of = repr((classes, config.sampling_steps, config.guidance, args.seed, sha256(folder / "tokenizer.pt"), sha256(folder / "generator.pt")))
-        write_npz(out, labels, config.image_size, hashlib.sha256(made_of.encode()).hexdigest()[:12], draw)
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, _ = load_config(args.run)
+    settings = asdict(config)
+    if args.steps is not None:
+        settings["sampling_steps"] = args.steps
+    if args.guidance is not None:
+        settings["guidance"] = args.guidance
+    config = make_config(settings)
+    for k in args.classes or []:
+        if not 0 <= k < config.classes:
+            raise BadInput(f"--classes {k}: the run has classes 0 to {config.classes - 1}")
+
+    if args.reconstruct:
+        command_reconstruct(args, config, device)
+    elif args.retain:
+        command_retain(args, config, device)
+    elif args.uniformity:
+        command_uniformity(args, config, device)
     else:
-        grid(out, [("", row) for row in torch.cat(list(draw())).split(max(len(classes), 8))])
-    print(f"{out}: {args.n} pictures of classes {', '.join(map(str, classes))}")
+        command_sample(args, config, device)
+
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,400 +1,978 @@
-"""Train GloTok.
+"""Train GloTok: first the tokenizer, then a generator of its tokens.
 
-    python train.py                                            # preset shapes: no download, no GPU, minutes
+    python train.py                                             # drawn shapes: a CPU, minutes
     python train.py --preset cifar10 --data FOLDER --out runs/mine --tokenizer_steps 5000
-    python train.py --resume --out runs/mine                   # go on where it stopped
+    python train.py --resume --out runs/mine                    # go on where it stopped
     torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
 
 Every setting of glotok.Config is a flag; a preset gives the defaults.
 """
+
 import argparse
 import contextlib
 import copy
 import fcntl
 import functools
 import json
+import math
 import os
-import platform
 import resource
 import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__":  # until run() takes over, Ctrl-C ends the slow imports below without a word
+if __name__ == "__main__":  # until run_script takes over, Ctrl-C ends the slow imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fid import fetch, load_data, sha256, stream, write
-from glotok import (GENERATORS, LPIPS, PRESETS, BadInput, Config, ConvNet, DINOv2, GloTok, Parser, Progress, adaptive_weight, batch_indices, choose, compile_all,
-                    cosine_moments, discriminator, hinge_loss, histogram_relation_loss, kl_divergence, kmeans, learning_rate, load_checkpoint,
-                    load_config, psnr, read_vectors, relation_histogram, restore, run, sphere_histogram, spread, to_float, to_uint8, use_bf16)
-from sample import decode_all, encode_all, fid_of, generate, grid, grid_of_pairs, plot
+from fid import (
+    BadInput,
+    Parser,
+    Progress,
+    choose,
+    fetch,
+    load_checkpoint,
+    load_data,
+    load_states,
+    load_weights,
+    named_tensors,
+    note,
+    psnr,
+    read_arrays,
+    run_script,
+    sha256,
+    stream_batches,
+    write_atomically,
+)
+from glotok import (
+    GENERATORS,
+    LPIPS,
+    PRESETS,
+    Config,
+    ConvNet,
+    DINOv2,
+    GloTok,
+    adversarial_loss,
+    adversarial_weight,
+    cosine_moments,
+    discriminator,
+    discriminator_loss,
+    histogram_relation_loss,
+    kmeans,
+    reconstruction_loss,
+    relation_histogram,
+    sphere_histogram,
+    total_loss,
+)
+from sample import (
+    Run,
+    draw_curves,
+    encode_all,
+    load_config,
+    load_convnet,
+    make_config,
+    read_log,
+    report_generator,
+    report_tokenizer,
+    to_float,
+    to_uint8,
+)
 
-LOG_EVERY = 20
-MAY_CHANGE = {"tokenizer_steps", "generator_steps", "save_every", "eval_images", "guidance", "sampling_steps", "snap", "accumulate", "compile"}  # by --resume
-GROUPS = {"data": "data and teacher", "patch": "the tokenizer", "beta": "its losses, eqs. (3) and (13)", "generator": "the generator",
-          "tokenizer_steps": "training"}  # first setting of a group in --help: its title
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
+LOG_EVERY = 20  # steps
 
-def parse():
-    """Command line -> arguments, Config. A flag overrides the run's own settings (--resume) or the preset's."""
-    parser = Parser(usage="train.py [--preset P] [--data SPEC] [--out DIR] [--stage S] [--resume] [settings]")
+# ================================================================================================
+# 1. The command line
+# ================================================================================================
+
+# What --resume may change in a run.
+MAY_CHANGE = {
+    "tokenizer_steps",
+    "generator_steps",
+    "save_every",
+    "accumulate",
+    "compile",
+    # read after training alone
+    "eval_images",
+    "guidance",
+    "sampling_steps",
+    "stochastic",
+    "snap",
+    "top_k",
+}
+
+# The first setting of each group in --help, and the group's title.
+GROUPS = {
+    "data": "data and teacher",
+    "patch": "the tokenizer",
+    "beta": "its losses, eqs. (3) and (13)",
+    "generator": "the generator",
+    "tokenizer_steps": "training",
+}
+
+
+def parse_arguments():
+    """Command line -> arguments, Config. A flag overrides the preset or, to resume, the run."""
+    parser = Parser(
+        __doc__,
+        usage="train.py [--preset P] [--data SPEC] [--out DIR] [--stage S] [--resume] [settings]",
+    )
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default shapes)")
     parser.add_argument("--out", metavar="DIR", help="the run folder (default runs/PRESET)")
-    parser.add_argument("--stage", default="all", choices=["tokenizer", "generator", "all"], help="what to train (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
-    for f in fields(Config):
-        group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)") if f.name in GROUPS else group
-        kind = dict(type=int, nargs="+") if isinstance(f.default, tuple) else dict(type=type(f.default))
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=f"{f.metadata['help']} ({str(f.default).strip('()')})", **kind)
-    args = parser.parse(__doc__)
-    given = {f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v for f in fields(Config) if hasattr(args, f.name)}
+    parser.add_argument(
+        "--stage",
+        default="all",
+        choices=["tokenizer", "generator", "all"],
+        help="what to train; generator: only if there is a tokenizer (default %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    add_setting_flags(parser)
+    args = parser.parse()
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    if "channel_mult" in given:
+        given["channel_mult"] = tuple(given["channel_mult"])
+
     if args.resume:
         saved, preset = load_config(args.out)
-        changed = [f"{k} {getattr(saved, k)}" for k, v in given.items() if getattr(saved, k) != v and k not in MAY_CHANGE]
-        if changed or args.preset not in (None, preset):
-            raise BadInput(f"the run in {args.out} was made with {', '.join(changed) or 'preset ' + preset}: choose another --out")
+        check_unchanged(args, given, saved, preset)
         args.preset = preset
-        return args, replace(saved, **given)
-    if (args.out / "config.json").exists():
-        raise BadInput(f"{args.out} holds a run: continue it with --resume, or choose another --out")
+        return args, make_config({**asdict(saved), **given})
+    refuse_to_overwrite(args)
     args.preset = args.preset or "shapes"
-    return args, replace(choose(args.preset, PRESETS, "preset"), **given)
+    preset = choose(args.preset, PRESETS, "preset")
+    return args, make_config({**asdict(preset), **given})
 
-# ------------------------------------------------------------------- one batch, many processes (torchrun) and parts (--accumulate)
-# Every process takes an equal share of every batch, in --accumulate parts one after the other. Random numbers are drawn for the whole
-# batch and each part takes its own: any division of the batch makes the same step, up to rounding.
-def wrap(net):
-    """What a training step calls: net, its gradients averaged over the processes if there are several."""
-    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is not in torch 2.5
-    return net if WORLD == 1 else DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-def average(x):
+
+def refuse_to_overwrite(args):
+    if not args.resume and (args.out / "config.json").exists():
+        raise BadInput(
+            f"{args.out} holds a run: continue it with --resume, or choose another --out"
+        )
+
+
+def add_setting_flags(parser):
+    """A flag for each field of Config. What is not given stays absent from the arguments."""
+    for f in fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)")
+        several = isinstance(f.default, tuple)
+        group.add_argument(
+            f"--{f.name}",
+            metavar="X",
+            type=int if several else type(f.default),
+            nargs="+" if several else None,
+            default=argparse.SUPPRESS,
+            help=f"{f.metadata['help']} ({str(f.default).strip('()')})",
+        )
+
+
+def check_unchanged(args, given, saved, preset):
+    """BadInput if flags to --resume contradict the run."""
+    changed = []
+    for name, value in given.items():
+        if getattr(saved, name) != value and name not in MAY_CHANGE:
+            changed.append(f"{name} {getattr(saved, name)}")
+    if args.preset not in (None, preset):
+        changed.append(f"preset {preset}")
+    if changed:
+        raise BadInput(
+            f"the run in {args.out} was made with {', '.join(changed)}: choose another --out"
+        )
+
+
+# ================================================================================================
+# 2. Schedule, precision, processes
+# ================================================================================================
+
+
+def learning_rate(step, steps, peak, warmup, cooldown):
+    """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0.
+
+    The cosine takes the last share `cooldown` of the steps. step counts from 0.
+    """
+    up = min(1, (step + 1) / max(warmup, 1))
+    last_part = max(cooldown * steps, 1)
+    late = max(0.0, 1 - (steps - step) / last_part)  # 0 until the last part, then up to 1
+    down = (1 + math.cos(math.pi * late)) / 2
+    return peak * up * down
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_indices(n, batch_size, step, seed):
+    """The step's positions in an endless row of shuffles of range(n), (batch_size,).
+
+    A function of the step alone, so that a run can resume.
+    """
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epoch = position // n
+    parts = []
+    for e in epoch.unique().tolist():
+        order = shuffled(n, seed + 7919 * e)
+        parts.append(order[position[epoch == e] % n])
+    return torch.cat(parts)
+
+
+def seed_step(c, step):
+    """Every random choice of a step depends on the step alone, so that a run can resume."""
+    torch.manual_seed(c.seed + 1_000_003 * (step + 1))
+
+
+def autocast(c, device):
+    """bf16 where use_bf16 says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(c, device))
+
+
+@functools.lru_cache
+def use_bf16(c, device):
+    """Whether to train in bf16: as told, or where it is faster.
+
+    That is on GPUs that have it, and for wide networks on CPUs that multiply it natively. Preset
+    shapes took 1.6 times as long with it; where it is emulated it is many times slower.
+    """
+    if c.precision != "auto":
+        return c.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return c.channels >= 64 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def compile_networks(c, device, *networks):
+    """torch.compile them in place, if it is asked for and works here."""
+    if not c.compile:
+        return
+    try:
+        torch.compile(torch.sin)(torch.ones(9, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        note(f"--compile 1 finds no working compiler ({reason}): not compiled")
+        return
+    for network in networks:
+        network.compile(dynamic=False)
+
+
+# Several processes (torchrun) and micro-batches (--accumulate). Every process takes an equal share
+# of every batch, in --accumulate micro-batches one after the other. Random numbers are drawn for
+# the whole batch, and each takes its own: any division of the batch makes the same step, up to
+# rounding, but for revived codes and for a discriminator (its batch norm, VQGAN's adaptive weight).
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_share(x):
+    """This process's part of a tensor of a batch."""
+    return x.chunk(WORLD_SIZE)[RANK]
+
+
+def micro_batches(c, *tensors):
+    """The tensors of this process's share, cut together into micro-batches."""
+    return zip(*(x.chunk(c.accumulate) for x in tensors))
+
+
+def distributed(network):
+    """The network to call in training: its gradients are averaged over the processes."""
+    if WORLD_SIZE == 1:
+        return network
+    # `broadcast_buffers` is deprecated, but its replacement is newer than torch 2.5
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def set_gradient_sync(network, on):
+    """Whether the next forward and backward pass averages gradients: no_sync() as a switch."""
+    if WORLD_SIZE > 1:
+        network.require_backward_grad_sync = on
+
+
+def all_reduce_mean(x):
     """The mean of a tensor over the processes."""
-    WORLD > 1 and dist.all_reduce(x)
-    return x / WORLD
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+    return x / WORLD_SIZE
 
-# ----------------------------------------------------------------------------------------------------- the teacher (section 3.3)
+
+def add_to(means, losses, c):
+    """Add a micro-batch's losses to the step's means over its micro-batches."""
+    for name, loss in losses.items():
+        means[name] = means.get(name, 0) + loss.detach() / c.accumulate
+
+
+# ================================================================================================
+# 3. The teacher (section 3.3)
+# ================================================================================================
+
+
 def make_teacher(c, data, device):
-    """The teacher, made once: {"histogram" (bins,), "moments" (mean and mean squared cosine), ...}; all that training needs."""
+    """All that training needs of the teacher, a dict; made once.
+
+    "histogram" (bins,); "moments", the mean and the mean square of its cosines; of a convnet also
+    its weights and its number of classes. For the record: how many "vectors" there are, and the
+    SHA-256 of a file.
+    """
     if c.teacher == "sphere":
-        return {"histogram": sphere_histogram(c.code_dim, c.bins), "moments": (0.0, 1 / c.code_dim)}
+        histogram = sphere_histogram(c.code_dim, c.bins)
+        return {"histogram": histogram, "moments": (0.0, 1 / c.code_dim)}
+
+    teacher = {}
+    if c.teacher == "convnet":
+        teacher["convnet"] = train_convnet(c, data, device).state_dict()
+        teacher["classes"] = len(data.classes)
     if c.teacher in ("convnet", "dinov2"):
-        extra = {"convnet": train_convnet(c, data, device).state_dict(), "classes": len(data.classes)} if c.teacher == "convnet" else {}
-        vectors = patch_centres(c, data, teacher_features(extra, device), device)
+        vectors = feature_centres(c, data, load_feature_network(teacher, device), device)
     else:
-        vectors = read_vectors(c.teacher)
-        extra = {"sha256": sha256(c.teacher if Path(c.teacher).exists() else c.teacher.rpartition(":")[0])}
-    return {"histogram": relation_histogram(vectors.to(device), c.bins).cpu(), "moments": cosine_moments(vectors), "vectors": len(vectors), **extra}
-def load_convnet(teacher, device):
-    net = ConvNet(teacher["classes"]).to(device).eval()
-    net.load_state_dict(teacher["convnet"])
-    return net
-def teacher_features(teacher, device):
-    """The teacher network as a function of images in [-1, 1] -> features (B, D, H, W)."""
+        path, name = split_teacher_spec(c.teacher)
+        vectors = read_vectors(path, name)
+        teacher["sha256"] = sha256(path)
+    teacher["histogram"] = relation_histogram(vectors.to(device), c.bins).cpu()
+    teacher["moments"] = cosine_moments(vectors)
+    teacher["vectors"] = len(vectors)
+    return teacher
+
+
+def train_convnet(c, data, device, steps=300, batch_size=64):
+    """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
+    if len(data.classes) < 2:
+        raise BadInput(
+            "teacher convnet learns from class labels, and these data have one class: "
+            "use --teacher sphere, dinov2 or a file"
+        )
+    net = ConvNet(len(data.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    progress = Progress("teacher: convnet step", steps)
+    indices = [batch_indices(len(data.train), batch_size, step, c.seed) for step in range(steps)]
+    batches = stream_batches(data.train, indices, device, c.image_size)
+    for step, images in enumerate(batches):
+        mirror = torch.rand(batch_size, 1, 1, 1, device=device) < c.flip / 2
+        x = mirrored(to_float(images, device), mirror)
+        # noise, because it will also classify imperfect, generated images
+        x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)
+        labels = data.train_labels[indices[step]].to(device)
+        loss = F.cross_entropy(net(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.update(step + 1, f"loss {loss.item():.3f}")
+    return net.eval()
+
+
+def mirrored(x, mirror):
+    """Images (B, 3, H, W), those mirrored where mirror, bool (B, 1, 1, 1), says so."""
+    return torch.where(mirror, x.flip(3), x)
+
+
+def load_feature_network(teacher, device):
+    """The teacher network as a function of images in [-1, 1] -> features (B, D, h', w')."""
     if "convnet" in teacher:
         return load_convnet(teacher, device).features
     net = DINOv2().to(device)
-    restore(fetch("dinov2_vits14_pretrain.pth"), {None: net})
-    resized = lambda x: F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-    return lambda x: net(resized(x)).transpose(1, 2).unflatten(2, (16, 16))
+    load_weights(fetch("dinov2_vits14_pretrain.pth"), net)
+
+    def features(x):
+        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        return net(x).transpose(1, 2).unflatten(2, (16, 16))
+
+    return features
+
+
 @torch.no_grad()
-def patch_centres(c, data, features, device, limit=10000, patches=5):
-    """k-means centres (teacher_centres, D) of features(images in [-1, 1]) -> (B, D, H, W): some patches of up to `limit` images."""
-    found, g = [], torch.Generator().manual_seed(c.seed)
-    chosen, progress = torch.randperm(len(data.train), generator=g)[:limit], Progress("teacher: features of image", min(limit, len(data.train)))
-    patches = max(patches, 2 * c.teacher_centres // len(chosen))  # small data sets: more patches of each
-    for part in stream(data.train, chosen.split(100), device, c.image_size):
-        f = features(to_float(part, device)).float().flatten(2).transpose(1, 2)
-        found.append(f[:, torch.randperm(f.shape[1], generator=g)[:patches]].flatten(0, 1))
-        progress(sum(map(len, found)) // patches)
-    return kmeans(torch.cat(found), min(c.teacher_centres, sum(map(len, found)))).cpu()
-def train_convnet(c, data, device, steps=300, batch=64):
-    """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
-    if len(data.classes) < 2:
-        raise BadInput("teacher convnet learns from class labels, and these data have one class: use --teacher sphere, dinov2 or a file")
-    net = ConvNet(len(data.classes)).to(device, memory_format=torch.channels_last)
-    optimizer, progress = torch.optim.Adam(net.parameters(), 3e-3), Progress("teacher: convnet step", steps)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    index = [batch_indices(len(data.train), batch, step, c.seed) for step in range(steps)]
-    for step, images in enumerate(stream(data.train, index, device, c.image_size)):
-        x = to_float(images, device, torch.rand(batch, 1, 1, 1, device=device) < c.flip / 2)
-        x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)  # noise: it also judges imperfect, generated images
-        loss = F.cross_entropy(net(x), data.train_labels[index[step]].to(device))
-        optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
-        progress(step + 1, f"loss {loss.item():.3f}")
-    return net.eval()
+def feature_centres(c, data, features, device, max_images=10000, patches=5):
+    """k-means centres (teacher_centres, D) of a few patch features of each of max_images images."""
+    g = torch.Generator().manual_seed(c.seed)
+    chosen = torch.randperm(len(data.train), generator=g)[:max_images]
+    patches = max(patches, 2 * c.teacher_centres // len(chosen))  # small data sets: more of each
+    progress = Progress("teacher: features of image", len(chosen))
+    vectors = []
+    done = 0
+    for images in stream_batches(data.train, chosen.split(100), device, c.image_size):
+        f = features(to_float(images, device)).float().flatten(2).transpose(1, 2)  # (B, T, D)
+        some = torch.randperm(f.shape[1], generator=g)[:patches]
+        vectors.append(f[:, some].flatten(0, 1))
+        done += len(images)
+        progress.update(done)
+    vectors = torch.cat(vectors)
+    return kmeans(vectors, min(c.teacher_centres, len(vectors))).cpu()
+
+
+def split_teacher_spec(spec):
+    """FILE or FILE:TENSOR -> path, name of the tensor or ""."""
+    name = ""
+    if not Path(spec).exists() and ":" in spec:
+        spec, _, name = spec.rpartition(":")
+    path = Path(spec)
+    if not path.is_file():
+        raise BadInput(
+            f"no teacher {spec!r}: want convnet, dinov2, sphere, "
+            "or a file of vectors (.npy, .npz, .pt, .pth)"
+        )
+    return path, name
+
+
+def read_vectors(path, name=""):
+    """The one float array (n, d), n > 1, of a file or, given a name, that one -> float32."""
+    if path.suffix in (".npy", ".npz"):
+        arrays = {k: v for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
+        found = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    else:
+        found = dict(named_tensors(load_checkpoint(path)))
+    fitting = []
+    for k, v in found.items():
+        is_list_of_vectors = v.dim() == 2 and len(v) > 1 and v.is_floating_point()
+        if is_list_of_vectors and name in ("", k):
+            fitting.append(k)
+    if len(fitting) != 1:
+        listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
+        raise BadInput(
+            f"{path} must hold one float array (n, d) of n > 1 vectors, "
+            f"or be given as {path}:NAME; it holds {listed[:500]}"
+        )
+    vectors = found[fitting[0]].float()
+    length = vectors.norm(dim=1)
+    if not length.isfinite().all() or not length.all():
+        raise BadInput(f"{path}: {fitting[0]} has vectors that are zero or not finite")
+    return vectors
+
+
 def load_lpips(device):
-    net, files = LPIPS(), ("vgg16-397923af.pth", "vgg.pth")
-    weights = [load_checkpoint(fetch(name)) for name in files]
-    net.load_state_dict({k: v for file in weights for k, v in file.items() if not k.startswith("classifier")})
+    """LPIPS with the published weights: VGG16's, and the heads'."""
+    net = LPIPS()
+    state = {}
+    for name in ("vgg16-397923af.pth", "vgg.pth"):
+        state |= load_checkpoint(fetch(name))
+    net.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier")})
     return net.to(device)
 
-def train_steps(stage, c, out, parts, peaks, schedule, steps, batch, net, feed, loss_of, after, kept, device):
-    """Train `net`, which wraps parts["model"]. For each item of feed(first step), this process's share of a batch: loss_of(step, part, *tensors)
-    of each of its parts -> (loss, loss terms), backward, a step of the optimizers `peaks`, {name: peak learning rate}, then after(step) -> a
-    function for further figures, called when they are logged. Process 0 writes a checkpoint, the states of `parts` and the value `kept`, every
-    c.save_every steps, at the end, and on Ctrl-C or SIGTERM after the step. -> kept, {"seconds", "images_per_second", "peak_memory_gb"}."""
-    path, log_path, start, first, spent = out / f"{stage}.pt", out / "log.jsonl", time.monotonic(), 0, 0.0
-    if path.exists():
-        saved = restore(path, parts, device)
-        first, spent, kept = saved["step"], saved["seconds"], saved["kept"]
-    log, bf16, cuda = [row for row in read_log(out) if row["stage"] != stage or row["step"] <= first], use_bf16(c, device), device.type == "cuda"
-    if RANK == 0:
-        write(log_path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in log).encode()))
-    print(f"{stage}: {sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M parameters, {'bf16' if bf16 else 'float32'} on "
-          f"{WORLD} x {device.type}", file=sys.stderr)
-    asked = []  # the first Ctrl-C or SIGTERM only asks: the step in hand is completed, then saved
-    before = [signal.signal(which, lambda *_: asked.append(True)) for which in (signal.SIGINT, signal.SIGTERM)]
-    progress, healthy = Progress(f"{stage} step", steps, first), torch.ones((), dtype=torch.bool, device=device)
-    try:
-        for step, item in enumerate(feed(first), first):
-            for name, peak in peaks.items():
-                parts[name].param_groups[0]["lr"] = learning_rate(step, steps, peak, *schedule)
-                parts[name].zero_grad()
-            losses = {}
-            for k, tensors in enumerate(zip(*(x.chunk(c.accumulate) for x in item))):
-                torch.manual_seed(c.seed + 1_000_003 * (step + 1))  # every random choice depends on the step alone
-                with net.no_sync() if WORLD > 1 and k + 1 < c.accumulate else contextlib.nullcontext():  # average gradients once
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        loss, terms = loss_of(step, RANK * c.accumulate + k, *tensors)
-                    (loss / c.accumulate).backward()
-                losses |= {name: losses.get(name, 0) + term.detach() / c.accumulate for name, term in terms.items()}
-            losses["norm"] = torch.nn.utils.clip_grad_norm_(parts["model"].parameters(), c.clip or torch.inf)
-            for name in peaks:
-                parts[name].step()
-            step, figures = step + 1, after(step)
-            healthy &= torch.isfinite(sum(losses.values()))
-            stop = average(torch.tensor(float(len(asked)))) > 0  # all processes stop after the same step
-            if step % LOG_EVERY == 0 or step == steps or stop:
-                if not healthy:
-                    raise BadInput(f"a loss became NaN or infinite by step {step}; {path.name} keeps the last good state, if any: lower the learning rate")
-                row = {"stage": stage, "step": step, **dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), **figures()}
-                progress(step, " ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("stage", "step", "norm"))
-                         + f" {(step - first) * batch / (time.monotonic() - start):.3g} images/s")
-                if RANK == 0:
-                    with open(log_path, "a") as file:
-                        file.write(json.dumps(row) + "\n")
-            if RANK == 0 and (step % c.save_every == 0 and healthy or step == steps or stop):
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=step, kept=kept, seconds=spent + time.monotonic() - start)
-                write(path, lambda file: torch.save(state, file))
-            if stop and step < steps:
-                print(f"\nstopped after step {step}: continue with --resume --out {out}", file=sys.stderr)
-                raise KeyboardInterrupt
-    finally:
-        for which, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(which, handler)
-    seconds, peak = spent + time.monotonic() - start, torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kept, {"seconds": round(seconds, 1), "images_per_second": round(steps * batch / seconds, 2), "peak_memory_gb": round(peak / 2**30, 2)}
 
-# ---------------------------------------------------------------------------------------------------------- the tokenizer
-def train_tokenizer(c, out, data, teacher, perceptual, device):
-    """Eq. (13), start to end. -> the model, its codebook's histogram before training, train_steps' figures."""
-    torch.manual_seed(c.seed)
-    model, critic = GloTok(c).to(device, memory_format=torch.channels_last).train(), discriminator(c).to(device)
-    adam, n = functools.partial(torch.optim.Adam, betas=(c.beta1, c.beta2), fused=True), len(data.train)
-    parts, peaks = {"model": model, "optimizer": adam(model.parameters())}, {"optimizer": c.lr}
-    if c.lambda_adv:
-        parts |= {"critic": critic, "critic_optimizer": adam(critic.parameters())}
-        peaks["critic_optimizer"] = c.disc_lr
-    histogram, before = teacher["histogram"].to(device), relation_histogram(model.codebook_sem).detach()
-    compile_all(c, device, model.encoder, model.decoder, critic)
-    net, judge, pairs, features = wrap(model), wrap(critic), [], torch.no_grad()(teacher_features(teacher, device)) if c.semantic == "local" else None
-    def feed(first):
-        index = (batch_indices(n, c.batch_size, step, c.seed).chunk(WORLD)[RANK] for step in range(first, c.tokenizer_steps))
-        return zip(stream(data.train, index, device, c.image_size))
-    def loss_of(step, part, images):
-        mirror = torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2
-        x = to_float(images, device, mirror.chunk(WORLD * c.accumulate)[part])
-        recon, losses = net(x, features(x) if features else None)
-        losses["recon"] = F.mse_loss(recon, x)  # (2)
-        loss = c.lambda_recon * losses["recon"] + c.lambda_quantize * losses["quantize"] + c.lambda_res * losses["residual"]  # (3), (13)
-        if features:
-            loss = loss + c.lambda_local * losses["local"]
-        if c.semantic == "global" and c.lambda_hist and part % c.accumulate == 0:  # of the codebook, not of images: a process's first part pays for all
-            losses["hist"] = c.accumulate * histogram_relation_loss(model.codebook_sem, histogram)
-            loss = loss + c.lambda_hist * losses["hist"]
-        if perceptual:
-            losses["perceptual"] = perceptual(recon, x).mean()
-            loss = loss + c.lambda_perceptual * losses["perceptual"]
-        if c.lambda_adv and step >= c.adv_start:  # the pictures were fine without it: let its weight grow from 0
-            losses["adv"] = -critic.requires_grad_(False)(recon).mean()
-            weight = c.lambda_adv * min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
-            if c.adv_adaptive:
-                pixels = c.lambda_recon * losses["recon"] + c.lambda_perceptual * losses.get("perceptual", 0)
-                weight = weight * adaptive_weight(pixels, losses["adv"], model.decoder[-2].weight)
-            critic.requires_grad_(True)
-            losses["critic"] = hinge_loss(judge(x), judge(recon.detach()))  # moves the critic alone, as "adv" moves the tokenizer alone
-            loss = loss + weight * losses["adv"] + losses["critic"]
-        pairs.append((to_uint8(x), to_uint8(recon)))
-        return loss, losses
-    def after(step):
-        seen = [*map(torch.cat, zip(*pairs))]
-        pairs.clear()
-        quantizers = {"usage_sem": model.quantizer_sem, "usage_vis": model.quantizer_vis}
-        hits = {name: q.hits.clone() for name, q in quantizers.items()}  # since the last revival
-        if (step + 1) % (c.revive_every or LOG_EVERY) == 0:
-            for q in quantizers.values():
-                q.revive() if c.revive_every and step < 0.9 * c.tokenizer_steps else q.hits.zero_()  # the last tenth settles
-        return lambda: {"psnr": average(psnr(*seen).mean()).item(), **{name: (average(h) > 0).float().mean().item() for name, h in hits.items()}}
-    before, figures = train_steps("tokenizer", c, out, parts, peaks, (c.warmup, c.cooldown), c.tokenizer_steps, c.batch_size, net, feed, loss_of, after,
-                                  before, device)
-    return model.eval(), before, figures
+# ================================================================================================
+# 4. Saving, resuming, logging, stopping
+# ================================================================================================
 
-# ---------------------------------------------------------------------------------------------------------- the generator
-def train_generator(c, out, data, model, device):
-    """xAR on the latents of the training images. -> its moving average, the latents' deviation, train_steps' figures."""
-    torch.manual_seed(c.seed)
-    generator, far = GENERATORS[c.generator](c).to(device).train(), c.generator == "far"
-    optimizer = torch.optim.AdamW(generator.parameters(), c.gen_lr, (0.9, 0.96), weight_decay=c.gen_decay, fused=True)
-    mean, labels, n = copy.deepcopy(generator).requires_grad_(False), data.train_labels.to(device), len(data.train)
-    mine = encode_all(model, data.train, torch.arange(RANK, -(-n // WORLD) * WORLD, WORLD) % n, device).to(device)  # shares of one size
-    every = [torch.empty_like(mine) for _ in range(WORLD)]
-    dist.all_gather(every, mine) if WORLD > 1 else every[0].copy_(mine)
-    indices = torch.stack(every, dim=1).flatten(0, 1)[:n]  # (N, 2, h, w)
-    scale = 1.0 if far else model.to_latents(*indices[:1000].unbind(1)).std().item()
-    compile_all(c, device, *generator.blocks)
-    net = wrap(generator)
-    def feed(first):
-        for step in range(first, c.generator_steps):
-            i = batch_indices(n, c.gen_batch, step, c.seed).chunk(WORLD)[RANK]
-            yield indices[i], labels[i]
-    def loss_of(step, part, index, label):
-        with torch.no_grad():
-            learned = index if far else model.to_latents(*index.unbind(1)) / scale
-        loss = net(learned, label, part, WORLD * c.accumulate)
-        return loss, {"entropy" if far else "flow": loss}
-    def after(step):
-        decay = min(c.ema, (1 + step) / (10 + step))  # young averages forget faster
-        torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in generator.parameters()], 1 - decay)
-        return dict
-    scale, figures = train_steps("generator", c, out, {"model": generator, "ema": mean, "optimizer": optimizer}, {"optimizer": c.gen_lr},
-                                 (c.gen_warmup, c.gen_cooldown), c.generator_steps, c.gen_batch, net, feed, loss_of, after, scale, device)
-    return mean.eval(), scale, figures
 
-# ------------------------------------------------------------------------------------------------- figures and pictures
-def load_judge(teacher, device):
-    """The convnet teacher as a classifier of uint8 images; None if the teacher was another."""
-    if "convnet" not in teacher:
-        return None
-    net = load_convnet(teacher, device)
-    return lambda images: torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in images.split(100)])
-@torch.no_grad()
-def report_tokenizer(c, out, data, teacher, model, before, figures, device):
-    """Held-out figures, and three pictures in the run folder."""
-    at, judge = spread(len(data.held), c.eval_images), load_judge(teacher, device)
-    held = torch.cat([*stream(data.held, at.split(100), torch.device("cpu"), c.image_size)])
-    indices = encode_all(model, held, torch.arange(len(held)), device)
-    recon = decode_all(model, indices, device)
-    usage = [len(index.unique()) / len(codes) for index, codes in zip(indices.unbind(1), (model.codebook_sem, model.codebook_vis))]
-    after, bins = relation_histogram(model.codebook_sem).cpu(), torch.linspace(-1, 1, c.bins)
-    metrics = {"psnr": psnr(held, recon).mean().item(), "usage_sem": usage[0], "usage_vis": usage[1],
-               "hist_kl": kl_divergence(teacher["histogram"], after).item(), **figures, "images": len(held), "processes": WORLD,
-               "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"}
-    if (fid := fid_of(held, recon, device)) is not None:
-        metrics["rfid"] = fid
-    if judge:  # does the teacher still see the same class?
-        metrics["class_agreement"] = (judge(held) == judge(recon)).float().mean().item()
-    grid_of_pairs(out / "reconstructions.png", held, recon)
-    plot(out / "histogram.png", [(f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3f}", "cosine similarity", [
-        (f"teacher ({Path(c.teacher).name})", bins, teacher["histogram"]), ("codebook after", bins, after), ("codebook before", bins, before.cpu()),
-        (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins))], "line")])
-    write_json(out / "metrics.json", metrics)
-    return metrics
-def report_generator(c, out, data, teacher, model, generator, scale, figures, device, each=16):
-    """samples.png, one row a class, and how often the convnet teacher sees the class that was asked for."""
-    shown, judge = min(len(data.classes), 10), load_judge(teacher, device)
-    labels = torch.arange(shown, device=device).repeat_interleave(each)
-    images = torch.cat(list(generate(model, generator, scale, labels, c.sampling_steps, c.guidance, c.seed)))
-    grid(out / "samples.png", [(data.classes[k], images[k * each:][:12]) for k in range(shown)], f"generated, guidance {c.guidance:g}")
-    accuracy = {"samples_class_accuracy": (judge(images) == labels.cpu()).float().mean().item()} if judge else {}
-    return {**{f"generator_{k}": v for k, v in figures.items()}, **accuracy}
-def read_log(out):
-    path = out / "log.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        return [row for row in rows if row["stage"] and row["step"] >= 0]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error}): move it away, and --resume goes on without the old curves") from None
+class Stage:
+    """What both loops below share: where to start, the log, the checkpoints, stopping.
+
+    states: {name: module or optimizer}, what a checkpoint holds. A `with` block around the loop
+    makes Ctrl-C and SIGTERM requests: the step in hand is completed and saved first.
+    """
+
+    def __init__(self, run, name, states, steps, batch_size):
+        self.run = run
+        self.name = name
+        self.states = states
+        self.steps = steps
+        self.batch_size = batch_size
+        self.path = run.out / f"{name}.pt"
+        self.step = 0  # steps done
+        self.seconds_before = 0.0  # of training, before this process
+        if self.path.exists():
+            saved = load_checkpoint(self.path, run.device)
+            load_states(self.path, states, saved)
+            self.step = saved["step"]
+            self.seconds_before = saved["seconds"]
+        self.first_step = self.step
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.forget_later_rows()
+        self.progress = Progress(f"{name} step", steps, self.step)
+        self.start = time.monotonic()
+        self.all_finite = torch.ones((), dtype=torch.bool, device=run.device)
+        self.stop_requested = False  # of this process
+        self.stopping = False  # of all
+
+    def forget_later_rows(self):
+        """Rows of the log that were written after the checkpoint: their steps will come again."""
+        rows = read_log(self.run.out)
+        rows = [row for row in rows if row["stage"] != self.name or row["step"] <= self.step]
+        if RANK == 0:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text(self.run.out / "log.jsonl", text)
+
+    def __enter__(self):
+        def request_stop(*_):
+            self.stop_requested = True
+
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, request_stop)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def end_step(self, means):
+        """Count the step; look whether its means {name: scalar} are finite, and at the signals."""
+        self.step += 1
+        self.all_finite &= torch.isfinite(sum(means.values()))
+        requests = all_reduce_mean(torch.tensor(float(self.stop_requested)))
+        self.stopping = requests.item() > 0  # all processes stop after the same step
+
+    def finite_everywhere(self):
+        """Whether all means of all steps were finite, in all processes."""
+        return all_reduce_mean(self.all_finite.float()).item() == 1
+
+    def due(self, every):
+        """Whether something comes now that comes every so many steps, at the end, at a stop."""
+        return self.step % every == 0 or self.step == self.steps or self.stopping
+
+    def log(self, means):
+        """Write a row of figures {name: scalar} to log.jsonl, and show it."""
+        if not self.finite_everywhere():
+            raise BadInput(
+                f"a loss became NaN or infinite by step {self.step}; {self.path.name} keeps the "
+                "last good state, if any: lower the learning rate"
+            )
+        values = all_reduce_mean(torch.stack(list(means.values()))).tolist()
+        figures = dict(zip(means, values))
+        text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if k != "grad_norm")
+        seconds = time.monotonic() - self.start
+        speed = (self.step - self.first_step) * self.batch_size / seconds
+        self.progress.update(self.step, f"{text} {speed:.3g} images/s")
+        if RANK == 0:
+            row = {"stage": self.name, "step": self.step, **figures}
+            with open(self.run.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self):
+        """Write the checkpoint, unless a loss is not finite: then the last good one stays."""
+        if not self.finite_everywhere() or RANK != 0:
+            return
+        saved = {name: part.state_dict() for name, part in self.states.items()}
+        saved |= {"step": self.step, "seconds": self.seconds()}
+        write_atomically(self.path, lambda file: torch.save(saved, file))
+
+    def stop(self):
+        """Leave the loop, as Ctrl-C does."""
+        message = f"\nstopped after step {self.step}: continue with --resume --out {self.run.out}"
+        print(message, file=sys.stderr)
+        raise KeyboardInterrupt
+
+    def seconds(self):
+        return self.seconds_before + time.monotonic() - self.start
+
+    def figures(self):
+        """For metrics.json: time, speed, memory."""
+        seconds = self.seconds()
+        if self.run.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "seconds": round(seconds, 1),
+            "images_per_second": round(self.steps * self.batch_size / seconds, 2),
+            "peak_memory_gb": round(peak / 2**30, 2),
+        }
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path, value):
-    write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-def draw_curves(out):
-    rows, panels = read_log(out), []
-    for stage, title, style, *names in (
-            ("tokenizer", "PSNR of training images, dB", "line", "psnr"), ("tokenizer", "L_R and L_P, eq. (3)", "log", "recon", "perceptual"),
-            ("tokenizer", "L_Q (1) and L_res (10)", "log", "quantize", "residual"), ("tokenizer", "L_hist (7)", "log", "hist"),
-            ("tokenizer", "share of codes in use", "line", "usage_sem", "usage_vis"),
-            ("tokenizer", "L_G and the discriminator's loss", "line", "adv", "critic"), ("generator", "flow matching (xar)", "log", "flow"),
-            ("generator", "cross-entropy (far), nats", "line", "entropy"), ("tokenizer", "local loss, 1 - cosine", "line", "local")):
-        points = {n: [(r["step"], r[n]) for r in rows if r["stage"] == stage and n in r] for n in names}
-        if any(points.values()):
-            panels.append((title, f"{stage} step", [(n, *zip(*p)) for n, p in points.items() if p], style))
-    plot(out / "curves.png", panels)
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def announce(stage_name, network, c, device):
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    precision = "bf16" if use_bf16(c, device) else "float32"
+    print(
+        f"{stage_name}: {millions:.2f} M parameters, {precision} on {WORLD_SIZE} x {device.type}",
+        file=sys.stderr,
+    )
+
+
+# ================================================================================================
+# 5. The tokenizer
+# ================================================================================================
+
+
+def train_tokenizer(run, lpips):
+    """Descend eq. (13) -> the model, its codebook's histogram before training, figures."""
+    c = run.config
+    device = run.device
+    torch.manual_seed(c.seed)
+    model = GloTok(c).to(device, memory_format=torch.channels_last).train()
+    disc = discriminator(c).to(device)
+    betas = (c.beta1, c.beta2)
+    optimizer = torch.optim.Adam(model.parameters(), c.lr, betas, fused=True)
+    disc_optimizer = torch.optim.Adam(disc.parameters(), c.disc_lr, betas, fused=True)
+    states = {"model": model, "optimizer": optimizer}
+    if c.lambda_adv:
+        states |= {"disc": disc, "disc_optimizer": disc_optimizer}
+
+    teacher_hist = run.teacher["histogram"].to(device)
+    # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed
+    hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
+    use_hist = c.semantic == "global" and c.lambda_hist > 0
+    feature_network = None
+    if c.semantic == "local":
+        feature_network = torch.no_grad()(load_feature_network(run.teacher, device))
+
+    compile_networks(c, device, model.encoder, model.decoder, disc)
+    ddp_model = distributed(model)
+    ddp_disc = distributed(disc)
+    stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size)
+    announce("tokenizer", model, c, device)
+    n = len(run.data.train)
+    indices = (
+        own_share(batch_indices(n, c.batch_size, step, c.seed))
+        for step in range(stage.step, c.tokenizer_steps)
+    )
+    batches = stream_batches(run.data.train, indices, device, c.image_size)
+    with stage:
+        for step, images in enumerate(batches, stage.step):
+            schedule = (c.warmup, c.cooldown)
+            set_learning_rate(optimizer, learning_rate(step, stage.steps, c.lr, *schedule))
+            disc_rate = learning_rate(step, stage.steps, c.disc_lr, *schedule)
+            set_learning_rate(disc_optimizer, disc_rate)
+            optimizer.zero_grad()
+            disc_optimizer.zero_grad()
+            use_disc = c.lambda_adv > 0 and step >= c.adv_start
+            adv_weight = 0.0
+            means = {}
+
+            seed_step(c, step)
+            mirror = own_share(torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2)
+            for k, (part, flip) in enumerate(micro_batches(c, images, mirror)):
+                x = mirrored(to_float(part, device), flip)
+                last = k == c.accumulate - 1
+                set_gradient_sync(ddp_model, on=last)
+                set_gradient_sync(ddp_disc, on=last)
+                with autocast(c, device):
+                    target = feature_network(x) if feature_network else None
+                    recon, losses = ddp_model(x, target)  # (1), (10)
+                    losses["recon"] = reconstruction_loss(recon, x)  # (2)
+                    if use_hist and k == 0:
+                        # Of the codebook, not of images: once, and not divided below.
+                        hist_loss = histogram_relation_loss(model.codebook_sem, teacher_hist)
+                        losses["hist"] = c.accumulate * hist_loss  # (7)
+                    if lpips:
+                        losses["perceptual"] = lpips(recon, x).mean()
+                    if use_disc:
+                        # Frozen, disc must not touch DDP's gradients: the bare network.
+                        losses["adv"] = adversarial_loss(disc, recon)
+                        adv_weight = adversarial_weight(c, step, losses, model.last_layer)
+                        losses["disc"] = discriminator_loss(ddp_disc, recon, x)
+                    loss = total_loss(c, losses, adv_weight)  # (13)
+                (loss / c.accumulate).backward()
+                if use_disc:
+                    (losses["disc"] / c.accumulate).backward()
+                losses["psnr"] = psnr(to_uint8(x), to_uint8(recon)).mean()
+                add_to(means, losses, c)
+
+            limit = c.clip or torch.inf
+            means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            optimizer.step()
+            if use_disc:
+                disc_optimizer.step()
+
+            stage.end_step(means)
+            if stage.due(LOG_EVERY):
+                means["usage_sem"] = usage(model.quantizer_sem)
+                means["usage_vis"] = usage(model.quantizer_vis)
+                stage.log(means)
+            if stage.step % (c.revive_every or LOG_EVERY) == 0:
+                revive_or_reset_counts(c, model, step)
+            if stage.due(c.save_every):
+                stage.save()
+            if stage.stopping:
+                stage.stop()
+    return model.eval(), hist_before, stage.figures()
+
+
+def revive_or_reset_counts(c, model, step):
+    """Revive unused codes, but not in the last tenth of the steps; count their use anew."""
+    for quantizer in (model.quantizer_sem, model.quantizer_vis):
+        if c.revive_every and step < 0.9 * c.tokenizer_steps:
+            quantizer.revive()
+        else:
+            quantizer.usage_count.zero_()
+
+
+def usage(quantizer):
+    """Share of the codes that were used since the counts began anew, by any process."""
+    return (all_reduce_mean(quantizer.usage_count.clone()) > 0).float().mean()
+
+
+# ================================================================================================
+# 6. The generator
+# ================================================================================================
+
+
+def train_generator(run, model):
+    """Train xAR, or FAR, on the tokens of the training images -> its moving average, figures."""
+    c = run.config
+    device = run.device
+    model.requires_grad_(False)
+    torch.manual_seed(c.seed)
+    generator = GENERATORS[c.generator](c).to(device).train()
+    betas = (0.9, 0.96)
+    optimizer = torch.optim.AdamW(
+        generator.parameters(), c.gen_lr, betas, weight_decay=c.gen_decay, fused=True
+    )
+    ema_model = copy.deepcopy(generator).requires_grad_(False)
+    states = {"model": generator, "ema_model": ema_model, "optimizer": optimizer}
+    compile_networks(c, device, *generator.blocks)
+    ddp_generator = distributed(generator)
+    stage = Stage(run, "generator", states, c.generator_steps, c.gen_batch)
+    announce("generator", generator, c, device)
+    if stage.step == stage.steps:  # complete
+        return ema_model.eval(), stage.figures()
+
+    tokens = encode_training_set(run, model)  # (N, 2, h, w)
+    labels = run.data.train_labels.to(device)
+    if c.generator == "xar" and stage.step == 0:
+        latents = model.to_latents(*tokens[:1000].unbind(1))
+        for network in (generator, ema_model):
+            network.latent_std.copy_(latents.std())
+    loss_name = "flow" if c.generator == "xar" else "entropy"
+    with stage:
+        for step in range(stage.step, c.generator_steps):
+            schedule = (c.gen_warmup, c.gen_cooldown)
+            set_learning_rate(optimizer, learning_rate(step, stage.steps, c.gen_lr, *schedule))
+            optimizer.zero_grad()
+            means = {}
+
+            seed_step(c, step)
+            index = own_share(batch_indices(len(tokens), c.gen_batch, step, c.seed))
+            draws = [own_share(x) for x in generator.draw(c.gen_batch, device)]
+            for k, (i, *part_draws) in enumerate(micro_batches(c, index, *draws)):
+                x = tokens[i]
+                if c.generator == "xar":
+                    x = model.to_latents(*x.unbind(1))
+                set_gradient_sync(ddp_generator, on=k == c.accumulate - 1)
+                with autocast(c, device):
+                    loss = ddp_generator(x, labels[i], part_draws)
+                (loss / c.accumulate).backward()
+                add_to(means, {loss_name: loss}, c)
+
+            limit = c.clip or torch.inf
+            means["grad_norm"] = torch.nn.utils.clip_grad_norm_(generator.parameters(), limit)
+            optimizer.step()
+            update_ema(ema_model, generator, min(c.ema, (1 + step) / (10 + step)))
+
+            stage.end_step(means)
+            if stage.due(LOG_EVERY):
+                stage.log(means)
+            if stage.due(c.save_every):
+                stage.save()
+            if stage.stopping:
+                stage.stop()
+    return ema_model.eval(), stage.figures()
+
+
+def encode_training_set(run, model):
+    """The tokens of all training images, int32 (N, 2, h, w) on the device."""
+    n = len(run.data.train)
+    share = math.ceil(n / WORLD_SIZE)  # of one size for each process
+    index = torch.arange(RANK, share * WORLD_SIZE, WORLD_SIZE) % n
+    tokens = encode_all(model, run.data.train, index, run.device).to(run.device)
+    if WORLD_SIZE == 1:
+        return tokens
+    shares = [torch.empty_like(tokens) for _ in range(WORLD_SIZE)]
+    dist.all_gather(shares, tokens)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:n]
+
+
+def update_ema(ema_model, model, decay):
+    """Moving average of the weights. A decay that starts low lets young averages forget faster."""
+    for average, weight in zip(ema_model.parameters(), model.parameters()):
+        average.lerp_(weight.detach(), 1 - decay)
+
+
+# ================================================================================================
+# 7. A run, from start to end
+# ================================================================================================
+
 
 def main():
-    args, c = parse()
+    args, c = parse_arguments()
+    check_fits(args, c)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if c.batch_size % (WORLD * c.accumulate) or c.gen_batch % (WORLD * c.accumulate):
-        raise BadInput(f"batch_size {c.batch_size} and gen_batch {c.gen_batch} must be multiples of {WORLD} process(es) times accumulate, {c.accumulate}")
-    if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
-        raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, where glotok.exact does not forbid it
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr), contextlib.ExitStack() as stack:
-        work(args, c, args.out, device, stack.callback)  # process 0 speaks for all; errors leave this block
-    WORLD > 1 and dist.destroy_process_group()
+        torch.set_float32_matmul_precision("high")  # TF32, but for glotok.full_precision
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    # Process 0 speaks for all; errors leave this block.
+    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
+        train(args, c, device)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
-def lock(out, at_exit):
-    """Make the run folder, and keep other processes from training there until at_exit's functions are called."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        at_exit(os.close, folder := os.open(out, os.O_RDONLY))
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if (taken := isinstance(error, BlockingIOError)) or error.filename:  # neither: a file system without locks
-            raise BadInput(f"cannot write {out}: {'another process is training there' if taken else error.strerror}") from None
-def work(args, c, out, device, at_exit):
-    begin, data = time.monotonic(), load_data(c.data, c.image_size, c.seed)
-    c, small = replace(c, classes=len(data.classes)), torch.is_tensor(data.train)
-    data = data._replace(train=data.train.to(device) if small else data.train)
-    print(f"data: {len(data.train)} training and {len(data.held)} held-out images, {c.classes} classes, training images "
-          f"{f'in memory ({device.type})' if small else 'decoded when they are needed, by worker processes'}", file=sys.stderr)
+
+def check_fits(args, c):
+    """BadInput if the batches cannot be divided, or the stage lacks what it builds on."""
+    for name in ("batch_size", "gen_batch"):
+        if getattr(c, name) % (WORLD_SIZE * c.accumulate):
+            raise BadInput(
+                f"{name} is {getattr(c, name)}: it must be a multiple of {WORLD_SIZE} process(es) "
+                f"times accumulate, {c.accumulate}"
+            )
+    if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
+        raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
+
+
+def train(args, c, device):
+    """Data, teacher, tokenizer, generator; figures and pictures into the run folder."""
+    start = time.monotonic()
+    data = load_data(c.data, c.image_size, c.seed)
+    c = make_config({**asdict(c), "classes": len(data.classes)})
+    in_memory = torch.is_tensor(data.train)
+    if in_memory:
+        data = data._replace(train=data.train.to(device))
+        where = f"in memory ({device.type})"
+    else:
+        where = "decoded when they are needed, by worker processes"
+    print(
+        f"data: {len(data.train)} training and {len(data.val)} held-out images, "
+        f"{c.classes} classes, training images {where}",
+        file=sys.stderr,
+    )
     torch.manual_seed(c.seed)
-    perceptual = load_lpips(device) if c.lambda_perceptual else None  # what may fail for want of a file comes before anything is written
-    if RANK == 0:
-        teacher = None if args.resume and (out / "teacher.pt").exists() else make_teacher(c, data, device)
-        lock(out, at_exit)
-        write_json(out / "config.json", {"preset": args.preset, **asdict(c)})
-        if teacher:
-            write(out / "teacher.pt", lambda file: torch.save({**teacher, "made_by": asdict(c)}, file))
-    WORLD > 1 and dist.barrier()  # the others wait for the teacher
-    if not {"moments", "histogram"} <= set(teacher := load_checkpoint(out / "teacher.pt")):
-        raise BadInput(f"{out / 'teacher.pt'} is not a teacher that this program made: delete it, and --resume makes it again")
-    (mean, square), bound = teacher["moments"], 1 / c.code_dim
-    print(f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {square:.3f}; a codebook of dimension {c.code_dim} has at "
-          f"least {bound:.3f}{'' if square >= bound else ', so the KL cannot reach 0'}", file=sys.stderr)
-    model, before, figures = train_tokenizer(c, out, data, teacher, perceptual, device)  # one that is complete is only read
-    metrics = report_tokenizer(c, out, data, teacher, model, before, figures, device) if RANK == 0 else {}
-    if args.stage != "tokenizer":
-        generator, scale, figures = train_generator(c, out, data, model, device)
-        metrics |= report_generator(c, out, data, teacher, model, generator, scale, figures, device) if RANK == 0 else {}
-    if RANK == 0:
-        write_json(out / "metrics.json", metrics)
-        draw_curves(out)
-        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        print(f"{out}: {shown}; {time.monotonic() - begin:.0f} s in all")
+    # What may fail for want of a file comes before anything is written.
+    lpips = load_lpips(device) if c.lambda_perceptual else None
+
+    with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            path = args.out / "teacher.pt"
+            teacher = None
+            if not (args.resume and path.exists()):
+                teacher = make_teacher(c, data, device)
+            stack.enter_context(locked(args.out))
+            refuse_to_overwrite(args)  # again: another may have finished meanwhile
+            check_steps(args.out, c)
+            write_json(args.out / "config.json", {"preset": args.preset, **asdict(c)})
+            if teacher:
+                saved = {**teacher, "made_by": asdict(c)}
+                write_atomically(path, lambda file: torch.save(saved, file))
+        if WORLD_SIZE > 1:
+            dist.barrier()  # the others wait for the teacher
+        teacher = load_teacher(args.out, c)
+        run = Run(c, args.out, data, teacher, device)
+
+        metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
+        model, hist_before, figures = train_tokenizer(run, lpips)  # only read if it is complete
+        figures["processes"] = WORLD_SIZE
+        if RANK == 0:
+            metrics |= report_tokenizer(run, model, hist_before, figures)
+            write_json(args.out / "metrics.json", metrics)
+        if args.stage != "tokenizer":
+            generator, figures = train_generator(run, model)
+            if RANK == 0:
+                metrics |= report_generator(run, model, generator, figures)
+                write_json(args.out / "metrics.json", metrics)
+        if RANK == 0:
+            draw_curves(args.out)
+            print_summary(args.out, metrics, time.monotonic() - start)
+
+
+def check_steps(folder, c):
+    """BadInput if a run is asked to go back, or its generator would lose its tokenizer."""
+    tokenizer = steps_done(folder / "tokenizer.pt")
+    generator = steps_done(folder / "generator.pt")
+    if tokenizer > c.tokenizer_steps:
+        raise BadInput(f"the tokenizer in {folder} has been trained for {tokenizer} steps already")
+    if generator > c.generator_steps:
+        raise BadInput(f"the generator in {folder} has been trained for {generator} steps already")
+    if generator and tokenizer < c.tokenizer_steps:
+        raise BadInput(
+            f"{folder / 'generator.pt'} was trained on a finished tokenizer: "
+            "move it away to train the tokenizer further"
+        )
+
+
+def steps_done(path):
+    """The step of a checkpoint; 0 if there is none."""
+    if not path.exists():
+        return 0
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+        raise BadInput(f"{path} holds other weights than a checkpoint of this program")
+    return saved["step"]
+
+
+def read_metrics(folder):
+    """metrics.json of an earlier part of the run; {} if there is none."""
+    path = folder / "metrics.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}): delete it, and it is written anew") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make the run folder, and keep other processes from training there meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BadInput(f"cannot write {folder}: another process is training there") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def load_teacher(folder, c):
+    """What make_teacher left in the run folder; says what a codebook can follow of it."""
+    path = folder / "teacher.pt"
+    teacher = load_checkpoint(path)
+    if "moments" not in teacher or "histogram" not in teacher:
+        raise BadInput(
+            f"{path} is not a teacher that this program made: delete it, and --resume makes it anew"
+        )
+    mean, mean_square = teacher["moments"]
+    bound = 1 / c.code_dim
+    message = (
+        f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {mean_square:.3f}; "
+        f"codes of dimension {c.code_dim} have at least {bound:.3f}"
+    )
+    if mean_square < bound:
+        message += ", so the KL stays above 0 (up to terms of 1 / codes)"
+    print(message, file=sys.stderr)
+    return teacher
+
+
+def print_summary(folder, metrics, seconds):
+    shown = []
+    for name, value in metrics.items():
+        shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    print(f"{folder}: {', '.join(shown)}; {seconds:.0f} s in all")
+
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

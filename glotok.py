@@ -88,7 +88,8 @@ class Config:
     lambda_perceptual: float = setting(0.0, "weight of L_P, LPIPS")
     lambda_adv: float = setting(0.0, "weight of L_G, the adversarial loss")
     lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
-    lambda_hist: float = setting(0.01, "weight of L_hist, eq. (7)")
+    lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01, in long runs)")
+    lambda_coverage: float = setting(0.1, "weight of coverage, which keeps semantic codes in use")
     semantic: str = setting("global", "global: L_hist; local: imitate the teacher by image; none")
     lambda_local: float = setting(0.5, "weight of the local loss, 1 - cosine (FQGAN's weight)")
     bins: int = setting(40, "bins N of the similarity histogram", 2, 4096)
@@ -130,7 +131,7 @@ class Config:
     warmup: int = setting(20, "steps over which the learning rate rises from 0")
     cooldown: float = setting(0.4, "last share of the steps: half a cosine down to 0", 0, 1)
     clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
-    revive_every: int = setting(20, "steps between revivals of unused codes; 0 never revives")
+    revive_every: int = setting(20, "steps between revivals of unused visual codes; 0: never")
     flip: int = setting(1, "1: mirror half of the training images", 0, 1)
     accumulate: int = setting(1, "micro-batches of a process's batch, to save memory", 1)
     compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
@@ -206,6 +207,7 @@ CIFAR10 = Config(
     width=128,
     codes_sem=512,
     codes_vis=1536,
+    lambda_hist=0.01,
     lambda_adv=0.1,
     adv_start=15000,
     disc_layers=2,
@@ -245,6 +247,7 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     codes_sem=4096,
     codes_vis=12288,
     lambda_quantize=1.0,
+    lambda_hist=0.01,
     lambda_perceptual=1.0,
     lambda_adv=0.5,
     tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
@@ -297,6 +300,16 @@ PRESETS = {
 # beta < 1 because the codebook should do most of the walking. (A widely copied bug has beta on the
 # first term.) The decoder's gradient crosses the gap unchanged, "straight through": the value is
 # Zhat, the gradient goes to Z as if quantization were the identity.
+#
+# Unused codes. Only chosen codes get a gradient from (1), so unlucky ones never move; on small data
+# most do not. The usual remedy puts unused codes back onto features: `revive`, for C_vis. For C_sem
+# that would undo (7), whose business it is to say where the codes lie (section 3). There the
+# features do the walking. Coverage is commitment's mirror image: as each feature wants a code near
+# it, each unused code c wants a feature near it,
+#
+#     L_coverage = mean over codes of [c is unused in this batch] min over z of ||z - sg[c]||^2.
+#
+# NOT in the paper, which names no remedy: revive_every 0 and lambda_coverage 0 switch them off.
 
 
 @contextlib.contextmanager
@@ -314,6 +327,18 @@ def full_precision(device):
         torch.set_float32_matmul_precision(before)
 
 
+def nearest(x, y, max_similarities=2**24):
+    """Unit vectors x (N, d), y (n, d) -> for each of x the index of the nearest of y, int64 (N,).
+
+    In chunks, so that no more than max_similarities stand in memory at once. No gradient.
+    """
+    x = x.detach()
+    y = y.detach()
+    with full_precision(x.device):
+        chunks = x.split(max(1, max_similarities // len(y)))
+        return torch.cat([(chunk @ y.T).argmax(1) for chunk in chunks])
+
+
 def straight_through(z, codes):
     """The value of codes, the gradient of z; both of one shape."""
     # z - sg[z] is exactly 0. The more common z + sg[codes - z] has the same gradient, but rounds.
@@ -327,8 +352,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.beta = beta
         self.weight = nn.Parameter(F.normalize(torch.randn(n, d), dim=1))
-        # For `revive`: how often each code was used since the last revival, and the features of
-        # the last training batch.
+        # For `revive`: how often each code was chosen since train.py last set this to 0, and the
+        # features of the last training batch.
         self.register_buffer("usage_count", torch.zeros(n))
         self.last_features = None
 
@@ -337,16 +362,9 @@ class Quantizer(nn.Module):
         """The code vectors as the look-up uses them: (n, d) float32, on the unit sphere."""
         return F.normalize(self.weight, dim=1)
 
-    def look_up(self, z, max_similarities=2**24):
-        """Unit features z (..., d) -> indices of the nearest codes, int64 (...).
-
-        In chunks, so that no more than max_similarities stand in memory at once.
-        """
-        codes = self.codebook.detach()
-        chunks = z.detach().flatten(0, -2).split(max(1, max_similarities // len(codes)))
-        with full_precision(z.device):
-            index = torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
-        return index.view(z.shape[:-1])
+    def look_up(self, z):
+        """Unit features z (..., d) -> indices of the nearest codes, int64 (...)."""
+        return nearest(z.flatten(0, -2), self.codebook).view(z.shape[:-1])
 
     def forward(self, z):
         """Features z (B, T, d), not normalised -> unit z, codes, index, L_Q.
@@ -367,23 +385,35 @@ class Quantizer(nn.Module):
             self.last_features = z.detach().flatten(0, 1)
         return z, codes, index, loss
 
+    def coverage_loss(self, z, index):
+        """Unit features z (B, T, d), their indices (B, T) -> L_coverage, averaged over elements.
+
+        It moves the features alone.
+        """
+        z = z.flatten(0, 1)  # (B * T, d)
+        codes = self.codebook.detach()  # (n, d)
+        unused = torch.ones(len(codes), device=z.device)
+        unused[index.flatten()] = 0
+        pulled = z[nearest(codes, z)]  # (n, d)
+        distance = (pulled - codes).square().mean(1)  # (n,)
+        return (unused * distance).mean()
+
     @torch.no_grad()
     def revive(self):
         """Move codes used less than 5 % of the average onto random features of the last batch.
 
-        NOT in the paper. Only chosen codes get a gradient from eq. (1), so unlucky ones die early,
-        and on small data most do. Several processes all do what process 0 does.
+        Several processes all do what process 0 does.
         """
         n = len(self.usage_count)
         features = self.last_features
         chosen = torch.randint(len(features), (n,), device=features.device)
         replacement = features[chosen]  # (n, d)
+        count = self.usage_count.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.usage_count)
+            torch.distributed.all_reduce(count)
             torch.distributed.broadcast(replacement, 0)
-        rare = self.usage_count < 0.05 * self.usage_count.mean()  # (n,)
+        rare = count < 0.05 * count.mean()  # (n,)
         self.weight.copy_(torch.where(rare[:, None], replacement, self.weight))
-        self.usage_count.zero_()
 
 
 # ================================================================================================
@@ -569,7 +599,8 @@ def histogram_relation_loss(codes, teacher):
 # bound): codes on a small sphere cannot all be near-orthogonal. A teacher whose mean squared cosine
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. (Up to terms of 1/n: the bound
 # is about all n^2 pairs, while (4) counts each pair once and so weighs the diagonal double.) The
-# mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher.
+# mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher, and
+# what they only hint at: its floor, the least KL that a codebook of the run's size can reach.
 
 
 def cosine_moments(vectors):
@@ -578,6 +609,26 @@ def cosine_moments(vectors):
     mean = t.mean(0).square().sum()
     mean_square = (t.T @ t).square().sum() / len(t) ** 2
     return mean.item(), mean_square.item()
+
+
+def histogram_floor(teacher, n, d, steps=300):
+    """The KL (7) that n free codes of dimension d reach for a teacher's histogram (bins,): a float.
+
+    Found by descending (7) alone. An upper bound of the true minimum, close to it in practice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(n, d, generator=generator).to(teacher.device).requires_grad_()
+    optimizer = torch.optim.Adam([codes], 0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    lowest = math.inf
+    for _ in range(steps):
+        loss = histogram_relation_loss(codes, teacher)
+        lowest = min(lowest, loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return max(0.0, lowest)
 
 
 def sphere_histogram(dim, bins=40, alpha=None):
@@ -592,6 +643,27 @@ def sphere_histogram(dim, bins=40, alpha=None):
     f = torch.exp(-alpha * (theta.cos() - bin_centres(bins, theta)[:, None]) ** 2)
     p = f @ theta.sin() ** (dim - 2)
     return (p / p.sum()).float()
+
+
+# Eq. (4) counts every code once, used or not, so (7) can be satisfied by codes that nobody uses.
+# The histogram of what is used counts the pair i, j of (4) u_i u_j times instead of once, where
+# u_i is the share of tokens that chose code i, times n. If all codes are used alike it is (6).
+
+
+@torch.no_grad()
+def used_histogram(codes, counts, bins=40, alpha=None):
+    """Codes (n, d), how often each was chosen (n,) -> P (bins,) float32, sum 1."""
+    alpha = default_alpha(bins) if alpha is None else alpha
+    t = F.normalize(codes.float(), dim=1)
+    u = counts.double() / counts.sum() * len(t)
+    weight = torch.zeros(TABLE + 1, dtype=torch.float64, device=t.device)
+    with full_precision(t.device):
+        for a, b, point in similarity_tiles(t):
+            w = torch.triu(u[a:b, None] * u[a:])  # i <= j
+            weight += torch.bincount(point.flatten(), w.flatten(), minlength=TABLE + 1)
+        f, _ = kernel_tables(bins, alpha, t.device)
+        p = f @ weight.float()
+    return p / p.sum()
 
 
 # ================================================================================================
@@ -786,12 +858,12 @@ class GloTok(nn.Module):
     def forward(self, x, teacher_features=None):
         """Images -> reconstructions, losses. The training pass.
 
-        losses is a dict of scalars, each the sum over the two codebooks: "quantize", L_Q of (1),
-        and "residual", L_res of (10). Local supervision (section 8) passes the features (B, D, h',
-        w') of a teacher network and gets "local", too.
+        losses is a dict of scalars: "quantize", L_Q of (1), and "residual", L_res of (10), each
+        summed over the two codebooks; "coverage" (section 2). Local supervision (section 8) passes
+        the features (B, D, h', w') of a teacher network and gets "local", too.
         """
         f_sem, f_vis = self.features(x)
-        z_sem, codes_sem, _, quantize_sem = self.quantizer_sem(f_sem)
+        z_sem, codes_sem, index_sem, quantize_sem = self.quantizer_sem(f_sem)
         z_vis, codes_vis, _, quantize_vis = self.quantizer_vis(f_vis)
         res_sem, res_vis = self.residuals(codes_sem, codes_vis)
 
@@ -801,6 +873,8 @@ class GloTok(nn.Module):
             "quantize": quantize_sem + quantize_vis,
             "residual": residual_sem + residual_vis,
         }
+        if self.config.lambda_coverage:
+            losses["coverage"] = self.quantizer_sem.coverage_loss(z_sem, index_sem)
 
         sem = straight_through(z_sem, codes_sem)
         vis = straight_through(z_vis, codes_vis)
@@ -910,6 +984,8 @@ def total_loss(c, losses, adv_weight=0.0):
     loss = vqgan_loss(c, losses, adv_weight) + c.lambda_res * losses["residual"]  # (13)
     if "hist" in losses:
         loss = loss + c.lambda_hist * losses["hist"]  # (13)
+    if "coverage" in losses:  # not in (13): section 2
+        loss = loss + c.lambda_coverage * losses["coverage"]
     if "local" in losses:  # not in (13): section 8
         loss = loss + c.lambda_local * losses["local"]
     return loss

@@ -57,6 +57,7 @@ from glotok import (
     kl_divergence,
     relation_histogram,
     sphere_histogram,
+    used_histogram,
 )
 
 # ================================================================================================
@@ -328,11 +329,15 @@ def report_tokenizer(run, model, hist_before, figures):
     teacher_hist = run.teacher["histogram"]
     hist_after = relation_histogram(model.codebook_sem, c.bins).cpu()
     sem, vis = tokens.unbind(1)
+    counts = torch.bincount(sem.flatten(), minlength=c.codes_sem).to(run.device)
+    hist_used = used_histogram(model.codebook_sem, counts, c.bins).cpu()
     metrics = {
         "psnr": psnr(images, recon).mean().item(),
         "usage_sem": len(sem.unique()) / c.codes_sem,
         "usage_vis": len(vis.unique()) / c.codes_vis,
         "hist_kl": kl_divergence(teacher_hist, hist_after).item(),
+        "hist_kl_floor": run.teacher["floor"],
+        "hist_kl_used": kl_divergence(teacher_hist, hist_used).item(),
         **figures,
         "images": len(images),
         "device": device_name(run.device),
@@ -352,7 +357,8 @@ def report_tokenizer(run, model, hist_before, figures):
         ("codebook before", bins, hist_before.cpu()),
         (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins)),
     ]
-    title = f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3f}"
+    title = f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3g}"
+    title += f", floor {metrics['hist_kl_floor']:.3g}"
     save_plot(run.out / "histogram.png", [Panel(title, "cosine similarity", curves, "line")])
     return metrics
 
@@ -447,8 +453,8 @@ CURVES = [
 ]
 
 
-def draw_curves(folder):
-    """log.jsonl -> curves.png."""
+def draw_curves(folder, floor):
+    """log.jsonl -> curves.png. floor: the least L_hist, a line beside it."""
     rows = read_log(folder)
     panels = []
     for stage, title, style, names in CURVES:
@@ -458,6 +464,8 @@ def draw_curves(folder):
             if found:
                 steps = [row["step"] for row in found]
                 curves.append((name, steps, [row[name] for row in found]))
+                if name == "hist":
+                    curves.append(("floor", [steps[0], steps[-1]], [floor, floor]))
         if curves:
             panels.append(Panel(title, f"{stage} step", curves, style))
     if panels:

@@ -285,7 +285,9 @@ def test_eq01_look_up_finds_the_nearest_code_in_any_chunk():
     distance = ((z[..., None, :] - quantizer.codebook) ** 2).sum(-1)
     nearest = distance.argmin(-1)
     assert torch.equal(quantizer.look_up(z), nearest)
-    assert torch.equal(quantizer.look_up(z, max_similarities=1), nearest)
+    flat = z.flatten(0, 1)
+    in_chunks = glotok.nearest(flat, quantizer.codebook, max_similarities=1)
+    assert torch.equal(in_chunks, nearest.flatten())
 
 
 def test_codebooks_lie_on_the_unit_sphere():
@@ -305,6 +307,16 @@ def test_straight_through_is_exact_in_value_and_the_identity_in_gradient():
     assert torch.equal(out, codes)
     assert torch.equal(z.grad, gradient)
     assert codes.grad is None
+
+
+def test_training_counts_how_often_codes_are_used():
+    quantizer = Quantizer(5, 4, 0.25)
+    features = torch.randn(2, 30, 4)
+    index = quantizer(features)[2]
+    assert quantizer.usage_count.tolist() == [(index == k).sum() for k in range(5)]
+    quantizer.eval()
+    quantizer(features)
+    assert quantizer.usage_count.sum() == 60  # evaluation does not count
 
 
 def test_revival_moves_only_unused_codes_onto_features():
@@ -329,26 +341,73 @@ def test_revival_moves_only_unused_codes_onto_features():
     candidates = F.normalize(features[0], dim=1)
     for code in quantizer.weight[2:].detach():
         assert (candidates - code).abs().sum(1).min() < 1e-6
-    assert quantizer.usage_count.sum() == 0
 
-    quantizer.eval()
-    quantizer(features)
-    assert quantizer.usage_count.sum() == 0  # evaluation does not count
+
+def test_revival_is_for_the_visual_codebook_alone():
+    c = replace(TINY, revive_every=5, tokenizer_steps=100)
+    model = GloTok(c)
+    model(random_images())
+    model.quantizer_sem.usage_count.zero_()  # none of either was used
+    model.quantizer_vis.usage_count.zero_()
+    model.quantizer_vis.usage_count[0] = 100
+    sem = model.quantizer_sem.weight.clone()
+    vis = model.quantizer_vis.weight.clone()
+    train.revive_visual_codes(c, model, step=90)  # the last tenth
+    assert torch.equal(model.quantizer_vis.weight, vis)
+    model.quantizer_vis.usage_count[0] = 100
+    train.revive_visual_codes(c, model, step=89)
+    assert torch.equal(model.quantizer_sem.weight, sem)
+    assert torch.equal(model.quantizer_vis.weight[0], vis[0])
+    assert (model.quantizer_vis.weight[1:] != vis[1:]).any(1).all()
+    assert model.quantizer_vis.usage_count.sum() == 0
+
+
+def test_coverage_draws_the_nearest_feature_to_each_unused_code():
+    quantizer = Quantizer(40, 4, 0.25)
+    features = torch.randn(2, 15, 4, requires_grad=True)
+    z, _, index, _ = quantizer(features)
+    z.retain_grad()
+    loss = quantizer.coverage_loss(z, index)
+    loss.backward()
+
+    codes = quantizer.codebook.detach().double().numpy()
+    flat = z.detach().flatten(0, 1).double().numpy()
+    chosen = set(index.flatten().tolist())
+    assert 10 <= len(chosen) <= 30
+    expected = 0.0
+    gradient = np.zeros_like(flat)
+    for k, code in enumerate(codes):
+        if k in chosen:
+            continue
+        distance = ((flat - code) ** 2).sum(1)
+        near = distance.argmin()
+        expected += distance[near] / 4 / 40  # mean over dimensions and codes
+        gradient[near] += 2 * (flat[near] - code) / 4 / 40
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(z.grad.flatten(0, 1), gradient, atol=1e-7)
+    assert quantizer.weight.grad is None  # sg[c]
+
+
+def test_coverage_of_a_codebook_in_full_use_is_0():
+    quantizer = Quantizer(6, 4, 0.25)
+    z = quantizer.codebook.detach()[None]
+    assert quantizer.coverage_loss(z, quantizer.look_up(z)).item() == 0
 
 
 # ---- Histogram relation loss (4)-(7)
 
 
-def histogram_by_loops(codes, bins, alpha):
-    """Eqs. (4)-(6) in plain Python and float64."""
+def histogram_by_loops(codes, bins, alpha, use=None):
+    """Eqs. (4)-(6) in plain Python and float64; each pair counts use[i] * use[j] times."""
     c = np.asarray(codes, np.float64)
+    use = np.ones(len(c)) if use is None else use
     p = np.zeros(bins)
     for i in range(len(c)):
         for j in range(i, len(c)):
             cosine = c[i] @ c[j] / np.sqrt((c[i] @ c[i]) * (c[j] @ c[j]))
             for k in range(bins):
                 centre = -1 + 2 * k / (bins - 1)
-                p[k] += math.exp(-alpha * (cosine - centre) ** 2)
+                p[k] += use[i] * use[j] * math.exp(-alpha * (cosine - centre) ** 2)
     return p / p.sum()
 
 
@@ -468,6 +527,43 @@ def test_eq07_alone_pulls_a_random_codebook_to_a_teacher_it_can_reach():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02 * first
+
+
+def test_eq07_floor_of_a_teacher_that_can_be_reached_is_0():
+    shift = torch.tensor([1.0] + [0.0] * 7)
+    teacher = relation_histogram(torch.randn(128, 8) + shift)
+    assert 0 <= glotok.histogram_floor(teacher, 128, 8) < 1e-3
+
+
+def test_eq07_floor_of_a_teacher_that_cannot_be_reached_is_the_least_that_is_found():
+    """Near-orthogonal vectors are none of dimension 3: the Welch bound."""
+    teacher = relation_histogram(torch.randn(128, 64))
+    floor = glotok.histogram_floor(teacher, 128, 3)
+    assert floor > 0.3
+    codes = torch.randn(128, 3, requires_grad=True)  # another start, another optimizer
+    optimizer = torch.optim.SGD([codes], 3.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = histogram_relation_loss(codes, teacher)
+        loss.backward()
+        optimizer.step()
+    assert floor < loss.item() + 0.01
+
+
+@pytest.mark.parametrize("tile", [2**20, 60])
+def test_eq06_used_histogram_weighs_pairs_by_use(tile, monkeypatch):
+    monkeypatch.setattr(glotok, "TILE", tile)  # one band of rows, or many
+    codes = torch.randn(17, 5) + 0.3
+    counts = torch.randint(0, 9, (17,))
+    counts[3] = 0
+    use = counts.double().numpy() / counts.sum().item() * 17
+    expected = histogram_by_loops(codes, 40, ALPHA, use)
+    found = glotok.used_histogram(codes, counts)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
+    codes[3] = -codes.sum(0)  # of no use
+    np.testing.assert_allclose(glotok.used_histogram(codes, counts), found, atol=1e-7)
+    alike = glotok.used_histogram(codes, torch.full((17,), 5))
+    np.testing.assert_allclose(alike, relation_histogram(codes), atol=1e-6)
 
 
 def test_eq07_moves_the_semantic_codebook_alone():
@@ -808,6 +904,7 @@ LOSS_CONFIG = replace(
     lambda_res=0.5,
     lambda_hist=0.01,
     lambda_local=0.6,
+    lambda_coverage=0.4,
 )
 ADV_WEIGHT = 0.2
 TERMS = {
@@ -818,6 +915,7 @@ TERMS = {
     "residual": 11.0,
     "hist": 13.0,
     "local": 17.0,
+    "coverage": 19.0,
 }
 TERM_WEIGHTS = {
     "recon": 0.9,
@@ -827,6 +925,7 @@ TERM_WEIGHTS = {
     "residual": 0.5,
     "hist": 0.01,
     "local": 0.6,
+    "coverage": 0.4,
 }
 
 
@@ -863,12 +962,15 @@ def test_eq03_is_the_weighted_sum(without, expected):
 @pytest.mark.parametrize(
     "without, expected",
     [
-        ([], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17),
-        (["perceptual"], 1.8 + 0.9 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17),
-        (["adv"], 1.8 + 0.9 + 0.7 * 5 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17),
-        (["hist"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.6 * 17),
-        (["local"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13),  # (13) as printed
-        (["perceptual", "adv", "hist", "local"], 1.8 + 0.9 + 0.5 * 11),
+        ([], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
+        (["perceptual"], 1.8 + 0.9 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
+        (["adv"], 1.8 + 0.9 + 0.7 * 5 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
+        (["hist"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.6 * 17 + 0.4 * 19),
+        (["local"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.4 * 19),
+        (["coverage"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17),
+        # (13) as printed
+        (["local", "coverage"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13),
+        (["perceptual", "adv", "hist", "local", "coverage"], 1.8 + 0.9 + 0.5 * 11),
     ],
 )
 def test_eq13_is_the_weighted_sum(without, expected):
@@ -876,7 +978,9 @@ def test_eq13_is_the_weighted_sum(without, expected):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("without", [[], ["perceptual"], ["adv"], ["hist"], ["local"]])
+@pytest.mark.parametrize(
+    "without", [[], ["perceptual"], ["adv"], ["hist"], ["local"], ["coverage"]]
+)
 def test_eq13_gives_each_term_its_weight_as_gradient(without):
     losses = loss_terms(without)
     glotok.total_loss(LOSS_CONFIG, losses, ADV_WEIGHT).backward()
@@ -1359,6 +1463,11 @@ def test_local_supervision_is_one_minus_the_cosine_and_moves_the_encoder():
 
 def test_global_supervision_has_no_local_loss():
     _, losses = GloTok(TINY)(random_images())
+    assert losses.keys() == {"quantize", "residual", "coverage"}
+
+
+def test_coverage_can_be_switched_off():
+    _, losses = GloTok(replace(TINY, lambda_coverage=0.0))(random_images())
     assert losses.keys() == {"quantize", "residual"}
 
 
@@ -1984,7 +2093,7 @@ def test_degenerate_curves_are_drawn(xs, ys, style, tmp_path):
 
 
 def test_no_log_makes_no_curves(tmp_path):
-    sample.draw_curves(tmp_path)
+    sample.draw_curves(tmp_path, floor=0.0)
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -2478,7 +2587,8 @@ def test_pictures_of_a_run_are_not_empty(name, finished):
 
 def test_figures_of_a_run_computed_anew(finished):
     metrics = read_metrics(finished)
-    assert {"psnr", "usage_sem", "usage_vis", "hist_kl", "seconds", "device"} <= metrics.keys()
+    assert {"psnr", "usage_sem", "usage_vis", "seconds", "device"} <= metrics.keys()
+    assert {"hist_kl", "hist_kl_floor", "hist_kl_used"} <= metrics.keys()
 
     model = GloTok(TINY).eval()
     model.load_state_dict(torch.load(finished / "tokenizer.pt", weights_only=True)["model"])
@@ -2496,6 +2606,11 @@ def test_figures_of_a_run_computed_anew(finished):
     assert metrics["usage_sem"] == pytest.approx(len(set(sem.flatten().tolist())) / 16)
     assert metrics["usage_vis"] == pytest.approx(len(set(vis.flatten().tolist())) / 24)
     assert metrics["hist_kl"] == pytest.approx(hist_kl.item(), abs=1e-4)
+    use = np.bincount(sem.flatten(), minlength=16) / sem.numel() * 16
+    used = histogram_by_loops(model.codebook_sem.detach(), 40, ALPHA, use)
+    teacher = sphere_histogram(8).double().numpy()
+    kl = (teacher * np.log(teacher / np.maximum(used, 1e-10))).sum()
+    assert metrics["hist_kl_used"] == pytest.approx(kl, abs=1e-3)
 
 
 def test_training_lowers_the_loss(small_flags, tmp_path, run_command):
@@ -2507,6 +2622,43 @@ def test_training_lowers_the_loss(small_flags, tmp_path, run_command):
     assert [row["step"] for row in rows] == list(range(20, 161, 20))
     late = [row["recon"] for row in rows[-3:]]
     assert sum(late) / 3 < 0.7 * rows[0]["recon"]
+
+
+def revive_every_5_steps(monkeypatch):
+    """What many codebases do: codes that a batch left unused are put onto features of it."""
+    forward = Quantizer.forward
+    last = {}  # quantizer: the steps it has seen, and its last features and indices
+
+    def forward_with_revival(self, z):
+        steps, features, index = last.get(self, (0, None, None))
+        if self.training and steps and steps % 5 == 0:
+            unused = torch.bincount(index, minlength=len(self.weight)) == 0
+            chosen = torch.randint(len(features), (int(unused.sum()),))
+            self.weight.data[unused] = features[chosen]
+        result = forward(self, z)
+        last[self] = (steps + 1, result[0].detach().flatten(0, 1), result[2].flatten())
+        return result
+
+    monkeypatch.setattr(Quantizer, "forward", forward_with_revival)
+
+
+@pytest.mark.parametrize("revival", [False, True])
+def test_a_short_run_reaches_its_teacher_unless_codes_are_moved(
+    revival, small_flags, tmp_path, run_command, monkeypatch
+):
+    """A teacher of codes that the codebook can be, so that the floor is 0."""
+    shift = torch.tensor([0.8] + [0.0] * 7)
+    np.save(tmp_path / "teacher.npy", (torch.randn(64, 8) + shift).numpy())
+    if revival:
+        revive_every_5_steps(monkeypatch)
+    flags = [*small_flags, "--teacher", tmp_path / "teacher.npy", "--stage", "tokenizer"]
+    flags += ["--codes_sem", 64, "--codes_vis", 64, "--lr", 0.01, "--tokenizer_steps", 60]
+    result = run_command(train, *flags, "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics["hist_kl_floor"] < 1e-3
+    reached = metrics["hist_kl"] < metrics["hist_kl_floor"] + 0.01
+    assert reached != revival
 
 
 def test_20_bins_train_report_and_draw(small_flags, tmp_path, run_command):
@@ -2703,7 +2855,8 @@ def test_two_processes_and_parts_follow_one_process_step_by_step(
     small_flags, tmp_path, monkeypatch, run_command
 ):
     flags = [*small_flags, "--tokenizer_steps", 10, "--generator_steps", 10]
-    flags += ["--precision", "float32", "--revive_every", 0]
+    # coverage and revival look at micro-batches
+    flags += ["--precision", "float32", "--lambda_coverage", 0, "--revive_every", 0]
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     assert run_command(train, *flags, "--accumulate", 1, "--out", tmp_path / "one").status == 0
     (tmp_path / "driver.py").write_text(DRIVER)

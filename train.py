@@ -65,6 +65,7 @@ from glotok import (
     cosine_moments,
     discriminator,
     discriminator_loss,
+    histogram_floor,
     histogram_relation_loss,
     kmeans,
     reconstruction_loss,
@@ -272,7 +273,8 @@ def compile_networks(c, device, *networks):
 # Several processes (torchrun) and micro-batches (--accumulate). Every process takes an equal share
 # of every batch, in --accumulate micro-batches one after the other. Random numbers are drawn for
 # the whole batch, and each takes its own: any division of the batch makes the same step, up to
-# rounding, but for revived codes and for a discriminator (its batch norm, VQGAN's adaptive weight).
+# rounding, but for what looks at the features of a micro-batch (coverage_loss, revive) and for a
+# discriminator (its batch norm, VQGAN's adaptive weight).
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -325,10 +327,21 @@ def add_to(means, losses, c):
 def make_teacher(c, data, device):
     """All that training needs of the teacher, a dict; made once.
 
-    "histogram" (bins,); "moments", the mean and the mean square of its cosines; of a convnet also
-    its weights and its number of classes. For the record: how many "vectors" there are, and the
-    SHA-256 of a file.
+    "histogram" (bins,); "moments", the mean and the mean square of its cosines; "floor", the least
+    KL that the semantic codebook can reach; of a convnet also its weights and its number of
+    classes. For the record: how many "vectors" there are, and the SHA-256 of a file.
     """
+    teacher = describe_teacher(c, data, device)
+    codes = min(c.codes_sem, MAX_FLOOR_CODES)
+    teacher["floor"] = histogram_floor(teacher["histogram"].to(device), codes, c.code_dim)
+    return teacher
+
+
+MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
+
+
+def describe_teacher(c, data, device):
+    """make_teacher's dict but for the floor."""
     if c.teacher == "sphere":
         histogram = sphere_histogram(c.code_dim, c.bins)
         return {"histogram": histogram, "moments": (0.0, 1 / c.code_dim)}
@@ -633,6 +646,7 @@ def train_tokenizer(run, lpips):
     ddp_model = distributed(model)
     ddp_disc = distributed(disc)
     stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size)
+    keep_counts_in_process_0(model)
     announce("tokenizer", model, c, device)
     n = len(run.data.train)
     indices = (
@@ -693,26 +707,43 @@ def train_tokenizer(run, lpips):
                 means["usage_vis"] = usage(model.quantizer_vis)
                 stage.log(means)
             if stage.step % (c.revive_every or LOG_EVERY) == 0:
-                revive_or_reset_counts(c, model, step)
+                revive_visual_codes(c, model, step)
             if stage.due(c.save_every):
+                gather_usage_counts(model)
                 stage.save()
             if stage.stopping:
                 stage.stop()
     return model.eval(), hist_before, stage.figures()
 
 
-def revive_or_reset_counts(c, model, step):
-    """Revive unused codes, but not in the last tenth of the steps; count their use anew."""
+def revive_visual_codes(c, model, step):
+    """Revive unused visual codes, but not in the last tenth of the steps. Count use anew."""
+    if c.revive_every and step < 0.9 * c.tokenizer_steps:
+        model.quantizer_vis.revive()
     for quantizer in (model.quantizer_sem, model.quantizer_vis):
-        if c.revive_every and step < 0.9 * c.tokenizer_steps:
-            quantizer.revive()
-        else:
-            quantizer.usage_count.zero_()
+        quantizer.usage_count.zero_()
 
 
 def usage(quantizer):
-    """Share of the codes that were used since the counts began anew, by any process."""
+    """Share of the codes that were used since the count began, by any process."""
     return (all_reduce_mean(quantizer.usage_count.clone()) > 0).float().mean()
+
+
+# Each process counts what its own images use. A checkpoint holds the sum: process 0 writes it, and
+# after loading it process 0 alone may keep it, or it would count once for each process.
+
+
+def gather_usage_counts(model):
+    for quantizer in (model.quantizer_sem, model.quantizer_vis):
+        if WORLD_SIZE > 1:
+            dist.all_reduce(quantizer.usage_count)
+    keep_counts_in_process_0(model)
+
+
+def keep_counts_in_process_0(model):
+    if RANK > 0:
+        model.quantizer_sem.usage_count.zero_()
+        model.quantizer_vis.usage_count.zero_()
 
 
 # ================================================================================================
@@ -886,7 +917,7 @@ def train(args, c, device):
                 metrics |= report_generator(run, model, generator, figures)
                 write_json(args.out / "metrics.json", metrics)
         if RANK == 0:
-            draw_curves(args.out)
+            draw_curves(args.out, teacher["floor"])
             print_summary(args.out, metrics, time.monotonic() - start)
 
 
@@ -951,19 +982,17 @@ def load_teacher(folder, c):
     """What make_teacher left in the run folder; says what a codebook can follow of it."""
     path = folder / "teacher.pt"
     teacher = load_checkpoint(path)
-    if "moments" not in teacher or "histogram" not in teacher:
+    if not {"moments", "histogram", "floor"} <= set(teacher):
         raise BadInput(
             f"{path} is not a teacher that this program made: delete it, and --resume makes it anew"
         )
     mean, mean_square = teacher["moments"]
-    bound = 1 / c.code_dim
-    message = (
-        f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {mean_square:.3f}; "
-        f"codes of dimension {c.code_dim} have at least {bound:.3f}"
+    print(
+        f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {mean_square:.3f} "
+        f"(codes of dimension {c.code_dim}: at least {1 / c.code_dim:.3f}); "
+        f"such codes can imitate it to a KL of {teacher['floor']:.2g}",
+        file=sys.stderr,
     )
-    if mean_square < bound:
-        message += ", so the KL stays above 0 (up to terms of 1 / codes)"
-    print(message, file=sys.stderr)
     return teacher
 
 

@@ -6,7 +6,7 @@
 
 REFERENCE and SAMPLES are each a folder of images, an .npz of images (first array uint8 (N, H, W,
 3)), an .npz of statistics (mu and sigma, as pytorch-fid and ADM's evaluator write them), or
-cifar10, its training images.
+cifar10 or shapes, their training images.
 
 This file needs torch, numpy and pillow, and no other file. Its sections:
 
@@ -19,6 +19,7 @@ This file needs torch, numpy and pillow, and no other file. Its sections:
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -30,6 +31,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,12 +60,13 @@ class BadInput(ValueError):
 #     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 #
 # S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer
-# than features. But it has the eigenvalues of S_1^(1/2) S_2 S_1^(1/2), which is symmetric and
-# positive semi-definite: the trace of the root is the sum of their square roots.
+# than features. But for any R with R R^T = S_1, S_1 S_2 = R (R^T S_2) has the eigenvalues of
+# R^T S_2 R (those of A B are those of B A), which is symmetric and positive semi-definite: the
+# trace of the root is the sum of their square roots. With S_1 = V L V^T take R = V L^(1/2).
 #
-# What fools FID: few images (upwards: their scatter counts as distance, badly below 2,048), another
-# resizing or file format (JPEG!), another network. Compare values of one protocol only. Here it is
-# that of ADM's evaluator.
+# What fools FID: few images raise it, since the sampling error of mu and S counts as distance, the
+# more so at 2,048 images or fewer, where S is singular; another resizing or file format (JPEG!);
+# another network. Compare values of one protocol only. Here it is that of ADM's evaluator.
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -73,8 +76,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1 = torch.as_tensor(sigma1, dtype=torch.float64)
     sigma2 = torch.as_tensor(sigma2, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt()  # root root' = sigma1: as good as the symmetric one
-    cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    r = vectors * values.clamp_min(0).sqrt()  # R R^T = S_1
+    cross = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp_min(0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()
     return max(0.0, (shift + sigma1.trace() + sigma2.trace() - 2 * cross).item())
 
@@ -84,15 +87,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 #
 #     IS = exp(mean over x of KL(p(y|x) || p(y))),     p(y) = mean over x of p(y|x)
 #
-# What fools it: one perfect image for each class scores as well as a thousand; images sorted by
-# class make splits of few kinds.
+# What fools it: one perfect image for each class scores as well as a thousand. Images sorted by
+# class would make splits of few kinds, so we shuffle, with torch-fidelity's seed: the number is
+# torch-fidelity's (ADM's evaluator does not shuffle). Logits leave out the bias, as in both.
 
 
 def inception_score(logits, splits=10):
-    """Logits (N, 1008) -> mean and standard deviation over the splits.
-
-    Shuffled first, with torch-fidelity's seed, to give its very number.
-    """
+    """Logits (N, 1008) -> mean and standard deviation over the splits."""
     n = len(logits)
     splits = min(splits, n)
     order = np.random.RandomState(2020).permutation(n)
@@ -363,6 +364,20 @@ def load_inception(file, device):
 Statistics = namedtuple("Statistics", "mu sigma logits")
 
 
+@contextlib.contextmanager
+def full_float32():
+    """No TF32 inside, whatever the caller has set: the figure must not depend on who asks."""
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 @torch.no_grad()
 def measure(name, items, net, device, skip_bad=False):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
@@ -373,7 +388,8 @@ def measure(name, items, net, device, skip_bad=False):
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
     batch_size = 10 if device.type == "cpu" else 100
 
-    # A batch is a run of images of one shape: each shape is resized by itself.
+    # A new batch after every batch_size images, and wherever the shape changes: only equal shapes
+    # can be stacked.
     def batch_and_shape(numbered_image):
         i, image = numbered_image
         return i // batch_size, image.shape
@@ -384,7 +400,8 @@ def measure(name, items, net, device, skip_bad=False):
     images = read_images(name, items, tolerated=1 if skip_bad else 0)
     for _, group in itertools.groupby(images, batch_and_shape):
         batch = torch.stack([image for _, image in group]).to(device)
-        features, batch_logits = net(batch)
+        with full_float32():
+            features, batch_logits = net(batch)
         features = features.double().cpu()
         total += features.sum(0)
         outer += features.T @ features
@@ -399,7 +416,11 @@ def measure(name, items, net, device, skip_bad=False):
 
 
 def read_set(spec, want_images):
-    """-> images (files, or an array (N, H, W, 3)), or the Statistics of an .npz."""
+    """What a command line names -> images (files, or an array (N, H, W, 3)) or Statistics.
+
+    An .npz that holds both, as ADM's do, gives its images if want_images: Inception Score and PSNR
+    need them. Else it gives its statistics.
+    """
     if spec in ("shapes", "cifar10"):
         return load_data(spec, 32).train.permute(0, 2, 3, 1).numpy()
     path = Path(spec)
@@ -430,8 +451,9 @@ def read_set(spec, want_images):
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
-# Images are uint8 (N, 3, H, W), or a list of files or an array (N, H, W, 3) if that is too large
-# for memory. Labels are int64 (N,), classes their names.
+# Images are one tensor uint8 (N, 3, size, size). If that would exceed memory_budget they stay as
+# they came, files or arrays (H, W, 3) of any size, and stream_batches resizes them. Labels are
+# int64 (N,), classes their names.
 Data = namedtuple("Data", "train train_labels val val_labels classes")
 Images = namedtuple("Images", "name items labels classes")  # name: for messages
 
@@ -494,7 +516,7 @@ def list_images(path, classes=None):
         )
     arrays = read_arrays(path)
     labels = arrays.pop("labels", None)
-    images = next(iter(arrays.values()), np.zeros(0))
+    images = arrays["arr_0"] if "arr_0" in arrays else next(iter(arrays.values()), np.zeros(0))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise BadInput(
             f"{path}: the first array must be uint8 (N, H, W, 3), "
@@ -593,11 +615,11 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def load_images(name, items, size=None, tolerated=0.0):
+def load_images(name, items, size=None, tolerated=0.0, fate="Left out"):
     """Yield (i, Loaded) for each of items, files or arrays (H, W, 3).
 
-    Loaded in parallel, few at a time. Unreadable ones are named and left out; BadInput if they are
-    more than a share `tolerated` of all.
+    Loaded in parallel, few at a time. Unreadable ones are left out, with a note that names them and
+    their fate; BadInput if they are more than a share `tolerated` of all.
     """
     problems = []
     progress = Progress(f"reading {name}", len(items))
@@ -613,7 +635,7 @@ def load_images(name, items, size=None, tolerated=0.0):
                     yield i, each
             progress.update(first + len(chunk))
     if problems:
-        note(f"{unreadable(name, items, problems)}. Left out")
+        note(f"{unreadable(name, items, problems)}. {fate}")
 
 
 def unreadable(name, items, problems):
@@ -641,14 +663,16 @@ def read_all(images, size):
     pixels = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
     readable = []
     resized = 0
-    for i, loaded in load_images(images.name, items, size, tolerated=0.01):
+    fate = "Left out" if fits else "Grey will stand in for such"
+    for i, loaded in load_images(images.name, items, size, tolerated=0.01, fate=fate):
         if fits:
             pixels[i] = loaded.image
         readable.append(i)
         resized += loaded.resized
     if resized:
         note(
-            f"{resized} of {len(items)} images in {images.name} are not {size}x{size}: "
+            f"{resized} of {len(items)} {'' if fits else 'sampled '}images in {images.name} "
+            f"are not {size}x{size}: "
             "resized and centre-cropped"
         )
     if not fits:
@@ -693,7 +717,10 @@ def stream_batches(images, batches, device, size):
 
 
 def ignore_ctrl_c(_):
-    """A Ctrl-C in the terminal reaches worker processes, too, and is not for them."""
+    """A Ctrl-C in the terminal reaches worker processes, too, and is not for them.
+
+    SIGTERM must end them: they inherit the handler of training, which only takes a note.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -711,8 +738,9 @@ def decode_batch(items, size):
 
 
 # The built-in pictures: one shape each, its class; colours, size, place and background vary. An
-# outline is given by the signed distance to it, negative inside, at the point (u, v) from the
-# middle, in radii; u and v are float (n, size, size).
+# outline is given by a signed distance, negative inside (exact along edges, too small outside
+# corners), at the point (u, v) from the middle, in radii; u, float (n, 1, size), and v, (n, size,
+# 1), broadcast.
 
 
 def disc(u, v):
@@ -814,7 +842,7 @@ def write_atomically(path, save):
         temporary.unlink(missing_ok=True)
 
 
-Published = namedtuple("Published", "folder sha256")
+Published = namedtuple("Published", "base_url sha256")
 
 PUBLISHED = {
     INCEPTION_FILE: Published(
@@ -846,15 +874,15 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached(name, folder=None):
+def cache_path(name, folder=None):
     """Where the published file `name` is, or would be: in folder, or in torch's cache."""
     return Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
 
 
 def fetch(name, folder=None):
     """Path of the published file `name`, downloaded if need be, its SHA-256 checked every time."""
-    path = cached(name, folder)
-    source = PUBLISHED[name].folder + name
+    path = cache_path(name, folder)
+    source = PUBLISHED[name].base_url + name
     digest = PUBLISHED[name].sha256
     if path.exists():
         if sha256(path) != digest:
@@ -880,7 +908,16 @@ def read_arrays(path):
     try:
         file = np.load(path, allow_pickle=False)
         return dict(file) if path.suffix == ".npz" else {"array": file}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
 
 
@@ -917,9 +954,6 @@ def load_states(path, parts, saved):
             raise TypeError(f"a {type(saved).__name__}, not a dictionary")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        for name, tensor in named_tensors(saved):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"NaN or infinity in {name}")
     except (
         KeyError,
         IndexError,
@@ -932,6 +966,9 @@ def load_states(path, parts, saved):
         raise BadInput(
             f"{path} holds other weights than these settings ask for: {reason}"
         ) from None
+    for name, tensor in named_tensors(saved):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadInput(f"{path} is of no use: NaN or infinity in {name}")
 
 
 def named_tensors(value, name=""):
@@ -1010,8 +1047,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self):
         args, unknown = self.parse_known_args()
+        if unknown and not unknown[0].startswith("-"):
+            raise BadInput(f"one argument too many: {unknown[0]!r}")
         if unknown:
-            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")
+            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")  # raises
         return args
 
 
@@ -1034,7 +1073,7 @@ def run_script(main):
 
 def parse_arguments():
     parser = Parser(__doc__)
-    what = "a folder of images, an .npz of images or of statistics (mu, sigma), or cifar10"
+    what = "a folder of images, an .npz of images or of statistics (mu, sigma), cifar10 or shapes"
     parser.add_argument("reference", help=what)
     parser.add_argument("samples", help=what)
     parser.add_argument(
@@ -1054,7 +1093,20 @@ def parse_arguments():
     args = parser.parse()
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise BadInput(f"--save-stats is {args.save_stats}: it must end in .npz")
+    if args.paired and args.skip_bad:
+        raise BadInput("--paired needs every image: it does not go with --skip-bad")
     return args
+
+
+def mean_psnr(args, reference, samples):
+    """The mean PSNR of pairs of images, files or arrays (N, H, W, 3)."""
+    values = []
+    pairs = zip(read_images(args.reference, reference), read_images(args.samples, samples))
+    for (i, x), (_, y) in pairs:
+        if x.shape != y.shape:
+            raise BadInput(f"--paired: the images {i} are {tuple(x.shape)} and {tuple(y.shape)}")
+        values.append(psnr(x[None], y[None]))
+    return torch.cat(values).mean()
 
 
 def main():
@@ -1082,9 +1134,7 @@ def main():
         mean, std = inception_score(two.logits)
         print(f"is {mean:.6f} {std:.6f}")
     if args.paired:
-        pairs = zip(read_images(args.reference, reference), read_images(args.samples, samples))
-        values = torch.cat([psnr(x[None], y[None]) for (_, x), (_, y) in pairs])
-        print(f"psnr {values.mean():.4f}")
+        print(f"psnr {mean_psnr(args, reference, samples):.4f}")
     if args.save_stats:  # last: a disk that fails costs no figure
         path = Path(args.save_stats)
         write_atomically(path, lambda file: np.savez(file, mu=one.mu, sigma=one.sigma))

@@ -301,13 +301,16 @@ PRESETS = {
 # first term.) The decoder's gradient crosses the gap unchanged, "straight through": the value is
 # Zhat, the gradient goes to Z as if quantization were the identity.
 #
-# Unused codes. Only chosen codes get a gradient from (1), so unlucky ones never move; on small data
-# most do not. The usual remedy puts unused codes back onto features: `revive`, for C_vis. For C_sem
-# that would undo (7), whose business it is to say where the codes lie (section 3). There the
-# features do the walking. Coverage is commitment's mirror image: as each feature wants a code near
-# it, each unused code c wants a feature near it,
+# Unused codes. Only chosen codes get a gradient from (1). On small data most are never chosen: in
+# C_vis they would stay where they began; in C_sem the histogram loss (7) moves them, but nothing
+# brings features to them. For C_vis `revive` does the usual, and puts unused codes onto features.
+# For C_sem that would undo (7), whose business it is to say where the codes lie (section 3), so the
+# features come to the codes instead. Coverage is commitment's mirror image: as each feature wants a
+# code near it, each unused code wants a feature near it,
 #
-#     L_coverage = mean over codes of [c is unused in this batch] min over z of ||z - sg[c]||^2.
+#     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2,
+#
+# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise.
 #
 # NOT in the paper, which names no remedy: revive_every 0 and lambda_coverage 0 switch them off.
 
@@ -351,11 +354,11 @@ class Quantizer(nn.Module):
     def __init__(self, n, d, beta):
         super().__init__()
         self.beta = beta
+        # The codebook before normalisation: Adam moves it freely, `codebook` puts it on the sphere.
         self.weight = nn.Parameter(F.normalize(torch.randn(n, d), dim=1))
-        # For `revive`: how often each code was chosen since train.py last set this to 0, and the
-        # features of the last training batch.
+        # How often each code was chosen since train.py last set this to 0: for `revive`, the log.
         self.register_buffer("usage_count", torch.zeros(n))
-        self.last_features = None
+        self.last_features = None  # of the last training batch, for `revive`
 
     @property
     def codebook(self):
@@ -600,7 +603,7 @@ def histogram_relation_loss(codes, teacher):
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. (Up to terms of 1/n: the bound
 # is about all n^2 pairs, while (4) counts each pair once and so weighs the diagonal double.) The
 # mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher, and
-# what they only hint at: its floor, the least KL that a codebook of the run's size can reach.
+# what they only hint at: its floor, the KL that free codes reach by descending (7) alone.
 
 
 def cosine_moments(vectors):
@@ -614,7 +617,7 @@ def cosine_moments(vectors):
 def histogram_floor(teacher, n, d, steps=300):
     """The KL (7) that n free codes of dimension d reach for a teacher's histogram (bins,): a float.
 
-    Found by descending (7) alone. An upper bound of the true minimum, close to it in practice.
+    An upper bound of the true minimum, close to it in practice.
     """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(n, d, generator=generator).to(teacher.device).requires_grad_()
@@ -628,7 +631,7 @@ def histogram_floor(teacher, n, d, steps=300):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return max(0.0, lowest)
+    return max(0.0, lowest)  # clamping and rounding can end a hair below 0
 
 
 def sphere_histogram(dim, bins=40, alpha=None):

@@ -35,7 +35,7 @@ from fid import (
     BadInput,
     Parser,
     Progress,
-    cached,
+    cache_path,
     frechet_distance,
     load_checkpoint,
     load_data,
@@ -407,7 +407,7 @@ def load_classifier(run):
 
 def fid_between(reference, images, device):
     """FID of uint8 images (N, 3, H, W) twice; None, with a note, if the network is not there."""
-    path = cached(INCEPTION_FILE)
+    path = cache_path(INCEPTION_FILE)
     if not path.exists():
         note(f"FID is not measured, for {path} is not there; fid.py downloads it")
         return None

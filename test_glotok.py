@@ -343,23 +343,17 @@ def test_revival_moves_only_unused_codes_onto_features():
         assert (candidates - code).abs().sum(1).min() < 1e-6
 
 
-def test_revival_is_for_the_visual_codebook_alone():
-    c = replace(TINY, revive_every=5, tokenizer_steps=100)
-    model = GloTok(c)
-    model(random_images())
-    model.quantizer_sem.usage_count.zero_()  # none of either was used
-    model.quantizer_vis.usage_count.zero_()
-    model.quantizer_vis.usage_count[0] = 100
-    sem = model.quantizer_sem.weight.clone()
-    vis = model.quantizer_vis.weight.clone()
-    train.revive_visual_codes(c, model, step=90)  # the last tenth
-    assert torch.equal(model.quantizer_vis.weight, vis)
-    model.quantizer_vis.usage_count[0] = 100
-    train.revive_visual_codes(c, model, step=89)
-    assert torch.equal(model.quantizer_sem.weight, sem)
-    assert torch.equal(model.quantizer_vis.weight[0], vis[0])
-    assert (model.quantizer_vis.weight[1:] != vis[1:]).any(1).all()
-    assert model.quantizer_vis.usage_count.sum() == 0
+def test_only_visual_codes_are_revived(small_flags, run_command, tmp_path, monkeypatch):
+    """Every 5 steps, but not in the last tenth."""
+    revived = []
+
+    def revive(quantizer):
+        revived.append(len(quantizer.weight))
+
+    monkeypatch.setattr(Quantizer, "revive", revive)
+    flags = [*small_flags, "--stage", "tokenizer", "--revive_every", 5, "--tokenizer_steps", 20]
+    assert run_command(train, *flags, "--out", tmp_path / "run").status == 0
+    assert revived == [TINY.codes_vis] * 3  # after steps 5, 10, 15
 
 
 def test_coverage_draws_the_nearest_feature_to_each_unused_code():
@@ -2007,8 +2001,8 @@ def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
 
 def test_published_files_lie_in_the_cache_of_torch(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert fid.cached("thing") == tmp_path / "hub" / "checkpoints" / "thing"
-    assert fid.cached("thing", "data") == Path("data") / "thing"
+    assert fid.cache_path("thing") == tmp_path / "hub" / "checkpoints" / "thing"
+    assert fid.cache_path("thing", "data") == Path("data") / "thing"
 
 
 def test_psnr():
@@ -2429,6 +2423,8 @@ BAD_WORDS = [
     ("A.npz A.npz --weights text.pth", "cannot read"),
     ("A.npz A.npz --weights code.pth", "cannot read"),
     ("A.npz A.npz --weights gone.pth", "cannot read"),
+    ("A.npz A.npz --paired --skip-bad", "--paired needs every image"),
+    ("A.npz A.npz A.npz", "one argument too many: 'A.npz'"),
     ("A.npz A.npz --weights other.pth", "other weights"),
     ("A.npz A.npz --weights nan.pth", "NaN or infinity"),
     ("A.npz A.npz", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
@@ -2461,6 +2457,48 @@ def test_fid_refuses_bad_input(
     assert expected in message
     assert sorted(os.listdir()) == before
     assert not Path("code ran").exists()
+
+
+def test_inception_score_of_fewer_images_than_splits():
+    assert fid.inception_score(torch.randn(4, 12)) == pytest.approx((1, 0))  # one image a split
+
+
+def test_fid_paired_wants_images_of_one_size(run_command, inception_file, tmp_path, quick_distance):
+    images = np.zeros((3, 24, 24, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    np.savez(tmp_path / "b.npz", images[:, :, :20])
+    words = [tmp_path / "a.npz", tmp_path / "b.npz", "--paired", "--weights", inception_file]
+    result = run_command(fid, *words)
+    assert result.status == 2
+    message = "--paired: the images 0 are (3, 24, 24) and (3, 24, 20)"
+    assert message in result.err.splitlines()[-1]
+
+
+def test_fid_reads_images_beside_statistics(tmp_path):
+    """np.savez puts keywords first: the images are not the file's first array."""
+    images = np.zeros((3, 24, 24, 3), np.uint8)
+    statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "both.npz", **statistics, arr_0=images)
+    path = str(tmp_path / "both.npz")
+    assert np.array_equal(fid.read_set(path, want_images=True), images)
+    assert np.array_equal(fid.read_set(path, want_images=False).sigma, np.eye(2048))
+
+
+def test_a_measure_does_not_depend_on_its_callers_precision():
+    seen = []
+
+    def net(images):
+        seen.append(torch.get_float32_matmul_precision())
+        return torch.zeros(len(images), 2048), torch.zeros(len(images), 1008)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        fid.measure("x", np.zeros((3, 8, 8, 3), np.uint8), net, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
 
 
 # ---- files that stand alone
@@ -3093,7 +3131,7 @@ def home(request, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "file").write_text("no folder")
     for name, published in list(fid.PUBLISHED.items()):
-        nowhere = published._replace(folder=tmp_path.as_uri() + "/nowhere/")
+        nowhere = published._replace(base_url=tmp_path.as_uri() + "/nowhere/")
         monkeypatch.setitem(fid.PUBLISHED, name, nowhere)
     path = tmp_path / request.param
     monkeypatch.setenv("HOME", str(path))

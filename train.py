@@ -396,15 +396,20 @@ def mirrored(x, mirror):
 
 
 def load_feature_network(teacher, device):
-    """The teacher network as a function of images in [-1, 1] -> features (B, D, h', w')."""
-    if "convnet" in teacher:
-        return load_convnet(teacher, device).features
-    net = DINOv2().to(device)
-    load_weights(fetch("dinov2_vits14_pretrain.pth"), net)
+    """The teacher network as a function of images in [-1, 1] -> features (B, D, h', w').
 
+    They are without gradient.
+    """
+    if "convnet" in teacher:
+        convnet = load_convnet(teacher, device).requires_grad_(False)
+        return torch.no_grad()(convnet.features)
+    dinov2 = DINOv2().to(device)
+    load_weights(fetch("dinov2_vits14_pretrain.pth"), dinov2)
+
+    @torch.no_grad()
     def features(x):
         x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return net(x).transpose(1, 2).unflatten(2, (16, 16))
+        return dinov2(x).transpose(1, 2).unflatten(2, (16, 16))
 
     return features
 
@@ -640,7 +645,7 @@ def train_tokenizer(run, lpips):
     use_hist = c.semantic == "global" and c.lambda_hist > 0
     feature_network = None
     if c.semantic == "local":
-        feature_network = torch.no_grad()(load_feature_network(run.teacher, device))
+        feature_network = load_feature_network(run.teacher, device)
 
     compile_networks(c, device, model.encoder, model.decoder, disc)
     ddp_model = distributed(model)
@@ -678,13 +683,15 @@ def train_tokenizer(run, lpips):
                     recon, losses = ddp_model(x, target)  # (1), (10)
                     losses["recon"] = reconstruction_loss(recon, x)  # (2)
                     if use_hist and k == 0:
-                        # Of the codebook, not of images: once, and not divided below.
+                        # It depends on the codebook alone: once a step is enough. The factor
+                        # cancels the division by accumulate, below.
                         hist_loss = histogram_relation_loss(model.codebook_sem, teacher_hist)
                         losses["hist"] = c.accumulate * hist_loss  # (7)
                     if lpips:
                         losses["perceptual"] = lpips(recon, x).mean()
                     if use_disc:
-                        # Frozen, disc must not touch DDP's gradients: the bare network.
+                        # disc itself, frozen: through ddp_disc this pass would prepare DDP for
+                        # gradients that never come.
                         losses["adv"] = adversarial_loss(disc, recon)
                         adv_weight = adversarial_weight(c, step, losses, model.last_layer)
                         losses["disc"] = discriminator_loss(ddp_disc, recon, x)
@@ -701,13 +708,15 @@ def train_tokenizer(run, lpips):
             if use_disc:
                 disc_optimizer.step()
 
-            stage.end_step(means)
+            stage.end_step(means)  # from here on stage.step is step + 1, the number of steps done
             if stage.due(LOG_EVERY):
                 means["usage_sem"] = usage(model.quantizer_sem)
                 means["usage_vis"] = usage(model.quantizer_vis)
                 stage.log(means)
             if stage.step % (c.revive_every or LOG_EVERY) == 0:
-                revive_visual_codes(c, model, step)
+                if c.revive_every and step < 0.9 * stage.steps:  # the last tenth is left in peace
+                    model.quantizer_vis.revive()
+                reset_usage_counts(model)
             if stage.due(c.save_every):
                 gather_usage_counts(model)
                 stage.save()
@@ -716,16 +725,13 @@ def train_tokenizer(run, lpips):
     return model.eval(), hist_before, stage.figures()
 
 
-def revive_visual_codes(c, model, step):
-    """Revive unused visual codes, but not in the last tenth of the steps. Count use anew."""
-    if c.revive_every and step < 0.9 * c.tokenizer_steps:
-        model.quantizer_vis.revive()
+def reset_usage_counts(model):
     for quantizer in (model.quantizer_sem, model.quantizer_vis):
         quantizer.usage_count.zero_()
 
 
 def usage(quantizer):
-    """Share of the codes that were used since the count began, by any process."""
+    """Share of the codes that were used since the count was reset, by any process."""
     return (all_reduce_mean(quantizer.usage_count.clone()) > 0).float().mean()
 
 

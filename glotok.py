@@ -26,7 +26,7 @@ The map of this file. An equation's number in parentheses stands beside the code
      5  tokenizer                           GloTok
      6  the whole loss                      (2), (3), (13), and the discriminator's
      7  generator, section 3.4              XAR
-     8  rivals                              local supervision, FAR
+     8  rivals                              local supervision (FQGAN, VA-VAE), FAR
      9  appendix: borrowed networks         VQGAN's encoder and decoder, discriminator, LPIPS,
                                             DINOv2, the offline teacher, k-means
 
@@ -66,6 +66,8 @@ class Config:
     data: str = setting("shapes", "shapes, cifar10, a folder of images, or an .npz of uint8 images")
     teacher: str = setting("convnet", "convnet, dinov2, sphere, or FILE[:TENSOR] of vectors (n, d)")
     teacher_centres: int = setting(1024, "k-means centres that stand for its features", 2)
+    teacher_images: int = setting(0, "training images that a teacher network sees; 0: all")
+    teacher_by_class: int = setting(0, "1: VQGAN-LC's centres: image means, class by class", 0, 1)
     image_size: int = setting(32, "height and width of the images, pixels", 8, 4096)
 
     # the tokenizer: VQGAN's encoder and decoder; each level after the first halves the picture
@@ -77,7 +79,7 @@ class Config:
     adapter_layers: int = setting(0, "transformer layers of an adapter; 0: one linear map", 0, 64)
     width: int = setting(64, "width of adapters and residual modules", 8, 8192)
     heads: int = setting(4, "attention heads in adapters and residual modules", 1, 128)
-    codes_sem: int = setting(256, "codes in the semantic codebook", 2, 2**20)
+    codes_sem: int = setting(256, "codes in the semantic codebook; 1: a VQ-VAE", 1, 2**20)
     codes_vis: int = setting(768, "codes in the visual codebook", 2, 2**20)
     code_dim: int = setting(8, "dimension of a code vector", 2, 4096)
 
@@ -90,12 +92,15 @@ class Config:
     lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
     lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01, in long runs)")
     lambda_coverage: float = setting(0.1, "weight of coverage, which keeps semantic codes in use")
-    semantic: str = setting("global", "global: L_hist; local: imitate the teacher by image; none")
-    lambda_local: float = setting(0.5, "weight of the local loss, 1 - cosine (FQGAN's weight)")
+    semantic: str = setting("global", "global: L_hist; or a rival's loss: fqgan, vavae; or none")
+    lambda_contrastive: float = setting(0.5, "fqgan: weight of InfoNCE with the teacher")
+    lambda_disentangle: float = setting(0.1, "fqgan: weight of the two codes' squared cosine")
+    lambda_entropy: float = setting(0.03, "fqgan: weight of the entropy that keeps codes in use")
+    lambda_vf: float = setting(0.1, "vavae: weight of the VF loss, times a ratio of gradients")
     bins: int = setting(40, "bins N of the similarity histogram", 2, 4096)
     adv_start: int = setting(20000, "step at which the discriminator enters")
     adv_ramp: int = setting(2000, "steps over which lambda_adv then grows to its full value")
-    adv_adaptive: int = setting(1, "1: VQGAN's adaptive weight of L_G; 0: the plain weight", 0, 1)
+    adv_adaptive: int = setting(1, "1: VQGAN's adaptive weight of L_G; 0: as FQGAN, plain", 0, 1)
     disc_channels: int = setting(64, "channels of the discriminator's first layer", 1, 4096)
     disc_layers: int = setting(3, "strided layers of the discriminator (3: 70x70 patches)", 1, 8)
     disc_lr: float = setting(5e-4, "learning rate of the discriminator's Adam", 0, 1)
@@ -107,6 +112,8 @@ class Config:
     gen_width: int = setting(96, "width of the generator", 8, 8192)
     gen_layers: int = setting(5, "transformer blocks of the generator", 1, 200)
     gen_heads: int = setting(4, "attention heads of the generator", 1, 128)
+    head_layers: int = setting(3, "far: blocks of the head that predicts a position", 1, 64)
+    gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
     label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
     latent_residual: int = setting(0, "1: learn the latents after eqs. (11), (12); 0: before", 0, 1)
     snap: int = setting(0, "1: move each generated vector to the nearest code (before)", 0, 1)
@@ -117,9 +124,10 @@ class Config:
     generator_steps: int = setting(3000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
     gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
-    gen_decay: float = setting(0.02, "AdamW's weight decay", 0, 10)
+    gen_lr_end: float = setting(0.0, "learning rate at the end of gen_cooldown", 0, 1)
+    gen_decay: float = setting(0.02, "AdamW's weight decay, on matrices alone", 0, 10)
     gen_warmup: int = setting(50, "steps over which the learning rate rises from 0")
-    gen_cooldown: float = setting(0.5, "last share of the steps: half a cosine down to 0", 0, 1)
+    gen_cooldown: float = setting(0.5, "last share of the steps: half a cosine down", 0, 1)
     ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
 
     # training
@@ -169,10 +177,21 @@ class Config:
                 f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, "
                 f"for 2-D rotary positions"
             )
-        if self.semantic not in ("global", "local", "none"):
-            raise ValueError(f"semantic is {self.semantic!r}: it must be global, local or none")
-        if self.semantic == "local" and self.teacher not in TEACHER_WIDTH:
-            raise ValueError("semantic local imitates a network: --teacher convnet or dinov2")
+        if self.semantic not in ("global", "fqgan", "vavae", "none"):
+            raise ValueError(
+                f"semantic is {self.semantic!r}: it must be global, fqgan, vavae or none"
+            )
+        if self.semantic in ("fqgan", "vavae"):
+            if self.teacher not in TEACHER_WIDTH:
+                raise ValueError(
+                    f"semantic {self.semantic} imitates a network: --teacher convnet or dinov2"
+                )
+            if self.codes_sem == 1:
+                raise ValueError(f"codes_sem is 1: semantic {self.semantic} has nothing to teach")
+        if self.gen_lr_end > self.gen_lr:
+            raise ValueError(
+                f"gen_lr_end is {self.gen_lr_end}: it must not exceed gen_lr, {self.gen_lr}"
+            )
         if self.generator not in ("xar", "far"):
             raise ValueError(f"generator is {self.generator!r}: it must be xar or far")
         if self.precision not in ("auto", "bf16", "float32"):
@@ -222,6 +241,7 @@ CIFAR10 = Config(
     gen_width=384,
     gen_layers=8,
     gen_heads=6,
+    gen_dropout=0.1,
     generator_steps=40000,
     gen_batch=256,
     gen_lr=5e-4,
@@ -250,6 +270,7 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     lambda_hist=0.01,
     lambda_perceptual=1.0,
     lambda_adv=0.5,
+    adv_adaptive=0,
     tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
     batch_size=240,
     lr=2e-4,
@@ -258,28 +279,53 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     cooldown=0.0,
     eval_images=50000,
     save_every=2000,
-    # xAR-B as published. (H: gen_width 1280, gen_layers 40, gen_heads 16.)
+    # xAR-B as released. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
+    # sampling_steps 50.)
     classes=1000,
     cell=8,
     gen_width=768,
     gen_layers=16,
     gen_heads=12,
+    gen_dropout=0.1,
     generator_steps=500456,  # 800 epochs of 1,281,167 images, 2,048 a step
     gen_batch=2048,
     gen_lr=4e-4,  # 5e-5 x 2048 / 256
+    gen_lr_end=1e-5,
     gen_warmup=62557,  # 100 epochs
     gen_cooldown=0.25,  # the last 200 epochs
     ema=0.9999,
     stochastic=1,
     guidance=2.7,
-    sampling_steps=50,
+    sampling_steps=40,
+)
+
+IMAGENET256_2X = replace(IMAGENET256, codes_sem=16384, codes_vis=16384)
+
+# FAR-B as released. (L: head_layers 4.) Table 2 has 415 M parameters in all its rows, the count for
+# codebooks of 2 x 16,384, FQGAN's and GloTok(2x)'s; with 4,096 and 12,288 codes it is 377 M.
+IMAGENET256_FAR = replace(
+    IMAGENET256_2X,
+    generator="far",
+    gen_width=1024,
+    gen_layers=24,
+    gen_heads=16,
+    head_layers=3,
+    generator_steps=1000912,  # 200 epochs of 1,281,167 images, 256 a step
+    gen_batch=256,
+    gen_lr=1e-4,
+    gen_lr_end=0.0,
+    gen_decay=0.05,
+    gen_warmup=0,
+    gen_cooldown=0.0,
+    guidance=2.0,
 )
 
 PRESETS = {
     "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
     "cifar10": CIFAR10,  # 32x32 photographs, one GPU
     "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
-    "imagenet256-2x": replace(IMAGENET256, codes_sem=16384, codes_vis=16384),  # GloTok(2x)
+    "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
+    "imagenet256-far": IMAGENET256_FAR,  # GloTok(2x) with FAR-B, table 2
 }
 
 
@@ -696,9 +742,10 @@ def used_histogram(codes, counts, bins=40, alpha=None):
 class Attention(nn.Module):
     """Multi-head self-attention of tokens (B, T, width)."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads = heads
+        self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -721,22 +768,25 @@ class Attention(nn.Module):
             v = torch.cat([values for _, values in cache] + [v], dim=2)
             if store:
                 cache.append(own)
-        attended = F.scaled_dot_product_attention(q, k, v, mask)  # (B, heads, T, width / heads)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, heads, T, ...)
+        return F.dropout(self.proj(attended.transpose(1, 2).flatten(2)), dropout)
 
 
 class Block(nn.Module):
     """A pre-norm transformer block, (B, T, width) -> the same: attention, then a gated MLP.
 
-    The generator's blocks are conditional. Their condition (B, cells, width) scales, shifts and
+    Dropout, for the generators, is applied to attention weights and to what either part adds.
+    xAR's blocks are conditional. Their condition (B, cells, width) scales, shifts and
     gates the tokens of each cell (AdaLN), starting as the identity. Further keywords (rotary, mask,
     cache, store) are those of Attention.forward.
     """
 
-    def __init__(self, width, heads, conditional=False):
+    def __init__(self, width, heads, conditional=False, dropout=0.0):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)  # three such matrices cost what two of 4 * width would
-        self.attention = Attention(width, heads)
+        self.dropout = dropout
+        self.attention = Attention(width, heads, dropout)
         self.mlp_in = nn.Linear(width, 2 * hidden)
         self.mlp_out = nn.Linear(hidden, width)
         if conditional:
@@ -762,7 +812,7 @@ class Block(nn.Module):
 
     def mlp(self, x):
         gate, up = self.mlp_in(x).chunk(2, dim=-1)
-        return self.mlp_out(F.silu(gate) * up)
+        return F.dropout(self.mlp_out(F.gelu(gate) * up), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -808,8 +858,10 @@ class GloTok(nn.Module):
         if c.lambda_res:
             self.residual_sem = self.make_residual_module()
             self.residual_vis = self.make_residual_module()
-        if c.semantic == "local":
-            self.local_head = local_head(c)
+        if c.semantic == "fqgan":
+            self.semantic_head = ContrastiveHead(c.code_dim, TEACHER_WIDTH[c.teacher], c.grid_size)
+        if c.semantic == "vavae":
+            self.semantic_head = nn.Linear(c.code_dim, TEACHER_WIDTH[c.teacher])
 
     def make_adapter(self):
         """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, code_dim).
@@ -862,9 +914,11 @@ class GloTok(nn.Module):
         """Images -> reconstructions, losses. The training pass.
 
         losses is a dict of scalars: "quantize", L_Q of (1), and "residual", L_res of (10), each
-        summed over the two codebooks; "coverage" (section 2). Local supervision (section 8) passes
-        the features (B, D, h', w') of a teacher network and gets "local", too.
+        summed over the two codebooks; "coverage" (section 2). The rivals (section 8) pass what a
+        teacher network sees in the images, a vector (B, D) of each and maps (B, D, h', w'), and
+        get their own losses too.
         """
+        c = self.config
         f_sem, f_vis = self.features(x)
         z_sem, codes_sem, index_sem, quantize_sem = self.quantizer_sem(f_sem)
         z_vis, codes_vis, _, quantize_vis = self.quantizer_vis(f_vis)
@@ -876,13 +930,23 @@ class GloTok(nn.Module):
             "quantize": quantize_sem + quantize_vis,
             "residual": residual_sem + residual_vis,
         }
-        if self.config.lambda_coverage:
+        if c.lambda_coverage:
             losses["coverage"] = self.quantizer_sem.coverage_loss(z_sem, index_sem)
 
         sem = straight_through(z_sem, codes_sem)
         vis = straight_through(z_vis, codes_vis)
-        if teacher_features is not None:
-            losses["local"] = local_loss(self.local_head(sem), teacher_features)
+        if c.semantic == "fqgan":
+            vectors, _ = teacher_features
+            losses["contrastive"] = contrastive_loss(self.semantic_head(sem), vectors)
+            if c.lambda_disentangle:
+                losses["disentangle"] = disentangle_loss(sem, vis)
+            if c.lambda_entropy:
+                entropy_sem = entropy_loss(z_sem, self.codebook_sem)
+                entropy_vis = entropy_loss(z_vis, self.codebook_vis)
+                losses["entropy"] = entropy_sem + entropy_vis
+        if c.semantic == "vavae":
+            _, maps = teacher_features
+            losses["vf"] = vf_loss(self.semantic_head(sem), maps)
         recon = self.decode_latents(sem + res_sem, vis + res_vis)  # (12), (11)
         return recon, losses
 
@@ -941,6 +1005,12 @@ class GloTok(nn.Module):
         """The weight of the decoder's last convolution, where VQGAN compares gradients."""
         return self.decoder[-2].weight
 
+    @property
+    def semantic_layer(self):
+        """The weight of the last layer before Z_sem, where VA-VAE compares gradients."""
+        adapter = self.adapter_sem
+        return adapter.weight if self.config.adapter_layers == 0 else adapter.proj_out.weight
+
 
 # ================================================================================================
 # 6. The whole loss (2), (3), (13)
@@ -961,7 +1031,8 @@ class GloTok(nn.Module):
 #     losses["hist"] = histogram_relation_loss(model.codebook_sem, teacher)                     (7)
 #     losses["perceptual"] = lpips(recon, x).mean()
 #     losses["adv"] = adversarial_loss(disc, recon)                          from step adv_start on
-#     total_loss(config, losses, adv_weight).backward()                                        (13)
+#     weights = gradient_weights(config, step, losses, model)               those of "adv" and "vf"
+#     total_loss(config, losses, weights).backward()                                           (13)
 
 
 def reconstruction_loss(recon, x):
@@ -969,28 +1040,43 @@ def reconstruction_loss(recon, x):
     return F.mse_loss(recon, x)  # (2)
 
 
-def vqgan_loss(c, losses, adv_weight=0.0):
+def vqgan_loss(c, losses, weights):
     """L_VQGAN from its terms: "recon", "quantize" and, if they are on, "perceptual", "adv".
 
-    adv_weight is l_G, from adversarial_weight; without it "adv" counts nothing.
+    weights is gradient_weights's; weights["adv"] is l_G.
     """
-    loss = c.lambda_recon * losses["recon"] + c.lambda_quantize * losses["quantize"]  # (3)
-    if "perceptual" in losses:
-        loss = loss + c.lambda_perceptual * losses["perceptual"]  # (3)
+    loss = pixel_loss(c, losses) + c.lambda_quantize * losses["quantize"]  # (3)
     if "adv" in losses:
-        loss = loss + adv_weight * losses["adv"]  # (3)
+        loss = loss + weights["adv"] * losses["adv"]  # (3)
     return loss
 
 
-def total_loss(c, losses, adv_weight=0.0):
-    """L from its terms: vqgan_loss's, "residual" and, if it is on, "hist" (or "local")."""
-    loss = vqgan_loss(c, losses, adv_weight) + c.lambda_res * losses["residual"]  # (13)
+def pixel_loss(c, losses):
+    """The part of (3) that compares pictures, l_R L_R + l_P L_P."""
+    loss = c.lambda_recon * losses["recon"]
+    if "perceptual" in losses:
+        loss = loss + c.lambda_perceptual * losses["perceptual"]
+    return loss
+
+
+def total_loss(c, losses, weights):
+    """L from its terms: vqgan_loss's, "residual" and, if they are on, all that follow.
+
+    weights is gradient_weights's.
+    """
+    loss = vqgan_loss(c, losses, weights) + c.lambda_res * losses["residual"]  # (13)
     if "hist" in losses:
         loss = loss + c.lambda_hist * losses["hist"]  # (13)
     if "coverage" in losses:  # not in (13): section 2
         loss = loss + c.lambda_coverage * losses["coverage"]
-    if "local" in losses:  # not in (13): section 8
-        loss = loss + c.lambda_local * losses["local"]
+    if "contrastive" in losses:  # not in (13): the rivals', section 8
+        loss = loss + c.lambda_contrastive * losses["contrastive"]
+    if "disentangle" in losses:
+        loss = loss + c.lambda_disentangle * losses["disentangle"]
+    if "entropy" in losses:
+        loss = loss + c.lambda_entropy * losses["entropy"]
+    if "vf" in losses:
+        loss = loss + weights["vf"] * losses["vf"]
     return loss
 
 
@@ -1012,6 +1098,16 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
+def gradient_weights(c, step, losses, model):
+    """The weights of "adv" and "vf", if these are among the losses: they depend on gradients."""
+    weights = {}
+    if "adv" in losses:
+        weights["adv"] = adversarial_weight(c, step, losses, model.last_layer)
+    if "vf" in losses:
+        weights["vf"] = vf_weight(c, losses, model.semantic_layer)
+    return weights
+
+
 def adversarial_weight(c, step, losses, last_layer):
     """l_G of a step from adv_start on, counted from 0: lambda_adv, which grows over adv_ramp steps.
 
@@ -1021,10 +1117,13 @@ def adversarial_weight(c, step, losses, last_layer):
     ramp = min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
     weight = c.lambda_adv * ramp
     if c.adv_adaptive:
-        pixels = c.lambda_recon * losses["recon"]
-        pixels = pixels + c.lambda_perceptual * losses.get("perceptual", 0)
-        weight = weight * gradient_ratio(pixels, losses["adv"], last_layer)
+        weight = weight * gradient_ratio(pixel_loss(c, losses), losses["adv"], last_layer)
     return weight
+
+
+def vf_weight(c, losses, semantic_layer):
+    """VA-VAE's weight of its loss: lambda_vf times the ratio of gradients at semantic_layer."""
+    return c.lambda_vf * gradient_ratio(pixel_loss(c, losses), losses["vf"], semantic_layer)
 
 
 def gradient_ratio(loss, other, weight):
@@ -1131,17 +1230,15 @@ class XAR(nn.Module):
         width = c.gen_width
         self.proj_in = nn.Linear(self.channels, width)
         self.proj_out = nn.Linear(width, self.channels)
-        self.position = nn.Parameter(0.02 * torch.randn(c.grid_size**2, width))
+        # Positions enter twice, before the first half of the blocks and before the second.
+        self.position = nn.Parameter(0.02 * torch.randn(2, c.grid_size**2, width))
         self.label_embedding = nn.Embedding(c.classes + 1, width)  # the last is "no label"
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
-            Block(width, c.gen_heads, conditional=True) for _ in range(c.gen_layers)
+            Block(width, c.gen_heads, conditional=True, dropout=c.gen_dropout)
+            for _ in range(c.gen_layers)
         )
-        self.final_adaln = nn.Linear(width, 2 * width)
-        for module in (self.final_adaln, self.proj_out):  # so that the first answer is v = 0
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embedding.weight, 0, 0.02)
+        self.initialise()
 
         positions = grid_positions(c.grid_size).T.view(1, 2, c.grid_size, c.grid_size)
         positions = self.to_cells(positions).view(-1, 2)  # (T, 2), cell by cell
@@ -1153,6 +1250,16 @@ class XAR(nn.Module):
         # Paper silent: the scale of the latents. Flow matching wants a deviation near 1, so we
         # divide them by their standard deviation, one number, which train.py sets.
         self.register_buffer("latent_std", torch.ones(()))
+
+    def initialise(self):
+        """As xAR's code: Xavier's weights, biases of 0. AdaLN starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embedding.weight, 0, 0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaln.weight)
 
     def to_cells(self, z):
         """(B, C, h, w) -> (B, cells, tokens a cell, C): row by row, inside a cell, too."""
@@ -1179,13 +1286,14 @@ class XAR(nn.Module):
         mask = self.mask[here, here] if caches is None else None
         time = self.time_mlp(timestep_embedding(t))  # (B, k, width)
         condition = time + self.label_embedding(labels)[:, None]  # (B, k, width)
-        x = self.proj_in(z.flatten(1, 2)) + self.position[here]  # (B, k * tokens a cell, width)
+        x = self.proj_in(z.flatten(1, 2)) + self.position[0, here]  # (B, k * tokens a cell, width)
         for i, block in enumerate(self.blocks):
+            if i == len(self.blocks) // 2:
+                x = F.rms_norm(x, x.shape[-1:]) + self.position[1, here]
             cache = None if caches is None else caches[i]
             x = block(x, condition, rotary=self.angles[here], mask=mask, cache=cache, store=store)
-        scale, shift = self.final_adaln(F.silu(condition))[:, :, None].chunk(2, dim=3)
-        x = F.rms_norm(x.unflatten(1, (cells, -1)), x.shape[-1:])
-        return self.proj_out(x * (1 + scale) + shift).float()
+        x = self.proj_out(F.rms_norm(x, x.shape[-1:])).float()
+        return x.unflatten(1, (cells, -1))
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
@@ -1211,8 +1319,9 @@ class XAR(nn.Module):
     def sample(self, labels, steps=25, guidance=1.0):
         """Labels int64 (B,) -> latents. Noise comes from the global random generator.
 
-        Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one Euler step to 0; Euler
-        throughout unless config.stochastic. `guidance` is the last cell's.
+        Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one step to 0 along the same
+        drift without noise, as xAR's code; Euler throughout unless config.stochastic. `guidance`
+        is the last cell's.
         """
         caches = [[] for _ in self.blocks]
         finished = []
@@ -1240,9 +1349,11 @@ class XAR(nn.Module):
         for t, t_next in zip(times, times[1:]):
             dt = t_next - t
             v = guided_velocity(z, t)
-            if self.config.stochastic and t_next > 0:
+            if self.config.stochastic:
                 score = -(z + (1 - t) * v) / t
-                z = z + (v - t * score) * dt + math.sqrt(2 * t * -dt) * torch.randn_like(z)
+                z = z + (v - t * score) * dt
+                if t_next > 0:
+                    z = z + math.sqrt(2 * t * -dt) * torch.randn_like(z)
             else:
                 z = z + v * dt
         guided_velocity(z, 0.0, store=True)  # for its keys and values alone
@@ -1252,36 +1363,135 @@ class XAR(nn.Module):
 # ================================================================================================
 # 8. The rivals
 # ================================================================================================
-# Local supervision, what FQGAN and VA-VAE do instead of eq. (7): the semantic codes of an image
-# are to say what a pre-trained network says of that same image. It needs the network in every
-# step, and never sees how features relate across the data set. Here in its plainest form: a head
-# on the straight-through codes predicts the teacher's feature at each token, and the loss is
-# 1 - cosine. This is neither FQGAN's loss (contrastive, one vector an image) nor VA-VAE's (two
-# margins), so a comparison with it says nothing about either.
+# Local supervision, what FQGAN and VA-VAE do instead of eq. (7): the semantic codes of an image are
+# to say what a pre-trained network says of that same image. The network runs in every step. What is
+# compared with what the teacher says:
+#
+#     a token with its own target        VA-VAE's L_mcos    1 - 0.5 - cos(z'_i, f_i)
+#     the tokens inside one image        VA-VAE's L_mdms    |cos(z'_i, z'_j) - cos(f_i, f_j)| - 0.25
+#     the images inside a batch          FQGAN's InfoNCE    which image of the batch is this one?
+#     the codes over the whole data set  GloTok's eq. (7)   no image at all
+#
+# So GloTok is not the only relational one, but the only one whose relations leave the batch.
+#
+# Both rivals read the straight-through semantic codes: their gradient passes the quantizer to the
+# encoder. f is a teacher network's answer, without gradient.
 
-TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}  # channels of their features
+TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}  # channels D of their features
 
 
-def local_head(c):
-    """Semantic codes (B, T, code_dim) -> predictions of the teacher's features (B, T, D)."""
-    first = nn.Linear(c.code_dim, c.width)
-    return nn.Sequential(first, nn.SiLU(), nn.Linear(c.width, TEACHER_WIDTH[c.teacher]))
+# FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from
+# the semantic codes; both to unit length, S_ij = <prediction_i, target_j>, and
+#
+#     L_contrastive = mean over i of -log(exp S_ii / sum over j of exp S_ij),
+#
+# without temperature: S lies in [-1, 1], so even a perfect match leaves most of the loss. The batch
+# is that of one process, as in FQGAN, and here of one micro-batch. FQGAN's target is CLIP's class
+# token; ours DINOv2's, or the mean of the convnet's features.
 
 
-def local_loss(prediction, teacher_features):
-    """Predictions (B, T, D), the teacher's features (B, D, h', w') -> 1 - mean cosine."""
-    side = math.isqrt(prediction.shape[1])
-    target = F.adaptive_avg_pool2d(teacher_features.float(), side)  # (B, D, h, w)
-    target = target.flatten(2).transpose(1, 2)  # (B, T, D)
-    return 1 - F.cosine_similarity(prediction.float(), target, dim=2).mean()
+class ContrastiveHead(nn.Module):
+    """Semantic codes (B, T, d) -> a prediction of the teacher's vector, (B, D).
+
+    FQGAN's: linear, ReLU, linear to the teacher's width; a class token before them; learned
+    positions; 3 layers of 8 heads between two LayerNorms; the answer stands at the class token.
+    """
+
+    def __init__(self, d, width, side):
+        super().__init__()
+        self.proj = nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, width))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 1 + side**2, width))
+        self.norm_in = nn.LayerNorm(width)
+        self.layers = nn.Sequential(*[self.layer(width) for _ in range(3)])
+        self.norm_out = nn.LayerNorm(width)
+
+    def layer(self, width):
+        return nn.TransformerEncoderLayer(
+            width, 8, 4 * width, dropout=0, activation="gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, codes):
+        x = self.proj(codes)  # (B, T, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.norm_in(x + self.position)
+        x = self.layers(x)
+        return self.norm_out(x[:, 0])
+
+
+def contrastive_loss(prediction, target):
+    """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats."""
+    with full_precision(prediction.device):
+        prediction = F.normalize(prediction.float(), dim=1)
+        target = F.normalize(target.float(), dim=1)
+        similarity = prediction @ target.T  # (B, B)
+        itself = torch.arange(len(target), device=target.device)
+        return F.cross_entropy(similarity, itself)
+
+
+# FQGAN adds two losses that have no teacher, and GloTok's paper names neither. Disentanglement: the
+# two code vectors of a position should be orthogonal. Entropy, of both codebooks: with
+#
+#     q_b = softmax over codes c of -||z_b - c||^2 / 0.01,
+#     L_entropy = mean over b of H(q_b) - H(mean over b of q_b),
+#
+# each feature should be sure of its code, and all codes equally frequent. It keeps codes in use by
+# moving features and codes, chosen or not; so does coverage (section 2), which moves features alone
+# and whose memory does not grow with codes times features.
+
+
+def disentangle_loss(sem, vis):
+    """Mean squared cosine of the two unit code vectors (B, T, d) of each position, a scalar."""
+    return (sem * vis).sum(2).square().mean()
+
+
+def entropy_loss(z, codebook, temperature=0.01):
+    """Unit features z (B, T, d), codebook (n, d) -> L_entropy, nats. Memory: B * T * n numbers."""
+    with full_precision(z.device):
+        # On the sphere -||z - c||^2 = 2 z.c - 2; softmax does not see the constant.
+        log_q = (2 / temperature * z.flatten(0, 1) @ codebook.T).log_softmax(1)  # (B * T, n)
+        sample_entropy = -(log_q.exp() * log_q).sum(1).mean()
+        # Through the logarithm: the mean itself underflows, and log 0 would have no gradient.
+        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # (n,)
+        code_entropy = -(log_mean.exp() * log_mean).sum()
+        return sample_entropy - code_entropy
+
+
+# VA-VAE (Yao et al. 2025, arXiv 2501.01423): one vector a token. A linear map takes the latent to
+# the teacher's width, z'. Two margins, below which a difference is forgiven:
+#
+#     L_mdms = mean over images and i, j of relu(|cos(z'_i, z'_j) - cos(f_i, f_j)| - 0.25)
+#     L_mcos = mean over images and i of relu(1 - 0.5 - cos(z'_i, f_i))
+#     L_vf   = L_mdms + L_mcos
+#
+# Its weight is 0.1 times the ratio of two norms of gradients at the last layer before the latent,
+# the pictures' and L_vf's: vf_weight, section 6. VA-VAE's latent is continuous; ours is the
+# quantized one, which is what the decoder gets.
+
+
+def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
+    """Projected codes z' (B, T, D), the teacher's maps (B, D, h', w') -> L_vf, a scalar.
+
+    The maps are averaged over each token's area.
+    """
+    side = math.isqrt(projected.shape[1])
+    maps = F.adaptive_avg_pool2d(maps.float(), side)  # (B, D, h, w)
+    with full_precision(projected.device):
+        target = F.normalize(maps.flatten(2).transpose(1, 2), dim=2)  # (B, T, D)
+        z = F.normalize(projected.float(), dim=2)
+        difference = z @ z.transpose(1, 2) - target @ target.transpose(1, 2)  # (B, T, T)
+        mdms = F.relu(difference.abs() - distance_margin).mean()
+        mcos = F.relu(1 - cosine_margin - (z * target).sum(2)).mean()
+        return mdms + mcos
 
 
 class FAR(nn.Module):
     """The rival of table 2, FQGAN's: a transformer that predicts the two indices of a position.
 
     A causal transformer over the positions, row by row, gives each a context. A small head then
-    predicts the position's two indices one after the other, semantic first. Trained on true tokens,
-    it samples from its own: the exposure bias of section 7. Indices are int64 (B, 2, h, w).
+    predicts the position's two indices one after the other: visual first, then semantic. Trained
+    on true tokens, it samples from its own: the exposure bias of section 7. Indices are int64
+    (B, 2, h, w), semantic and visual.
     """
 
     def __init__(self, config):
@@ -1290,19 +1500,33 @@ class FAR(nn.Module):
         self.config = c
         width = c.gen_width
         positions = c.grid_size**2
-        sizes = (c.codes_sem, c.codes_vis)
-        self.code_embeddings = nn.ModuleList(nn.Embedding(n, width) for n in sizes)
+        self.embed_sem = nn.Embedding(c.codes_sem, width)
+        self.embed_vis = nn.Embedding(c.codes_vis, width)
         self.label_embedding = nn.Embedding(c.classes + 1, width)  # the last is "no label"
+        for embedding in (self.embed_sem, self.embed_vis, self.label_embedding):
+            nn.init.normal_(embedding.weight, 0, 0.02)
         self.proj_in = nn.Linear(2 * width, width)
-        self.proj_out = nn.ModuleList(nn.Linear(width, n) for n in sizes)
-        self.position = nn.Parameter(0.02 * torch.randn(positions, width))
-        self.kind = nn.Parameter(0.02 * torch.randn(2, width))  # semantic or visual, in the head
-        self.blocks = nn.ModuleList(Block(width, c.gen_heads) for _ in range(c.gen_layers))
-        self.head = nn.ModuleList(Block(width, c.gen_heads) for _ in range(4))
-        angles = rotary_angles(grid_positions(c.grid_size), width // c.gen_heads)
+        self.blocks = self.make_blocks(c.gen_layers)
+        self.head = self.make_blocks(c.head_layers)
+        self.logits_sem = nn.Linear(width, c.codes_sem)
+        self.logits_vis = nn.Linear(width, c.codes_vis)
+        for proj in (self.logits_sem, self.logits_vis):  # at first all codes are equally likely
+            nn.init.zeros_(proj.weight)
+            nn.init.zeros_(proj.bias)
+        # Positions are rotary alone. In the head they are those of the two inputs, 0 and 1.
+        head_width = width // c.gen_heads
+        angles = rotary_angles(grid_positions(c.grid_size), head_width)
+        head_angles = rotary_angles(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), head_width)
         mask = torch.ones(positions, positions, dtype=torch.bool).tril()
         self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("head_angles", head_angles, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
+
+    def make_blocks(self, n):
+        c = self.config
+        return nn.ModuleList(
+            Block(c.gen_width, c.gen_heads, dropout=c.gen_dropout) for _ in range(n)
+        )
 
     def context(self, labels, tokens, first=0, caches=None):
         """Labels (B,), earlier tokens (B, T, 2) -> contexts of positions `first` to T.
@@ -1311,31 +1535,31 @@ class FAR(nn.Module):
         one list a block, hold the positions before `first`; these are added.
         """
         sem, vis = tokens.unbind(2)
-        embed_sem, embed_vis = self.code_embeddings
-        pairs = self.proj_in(torch.cat([embed_sem(sem), embed_vis(vis)], dim=2))  # (B, T, width)
+        pairs = torch.cat([self.embed_vis(vis), self.embed_sem(sem)], dim=2)  # (B, T, 2 * width)
+        label = self.label_embedding(labels)[:, None]
+        x = torch.cat([label, self.proj_in(pairs)], dim=1)  # (B, 1 + T, width)
         here = slice(first, tokens.shape[1] + 1)
-        x = torch.cat([self.label_embedding(labels)[:, None], pairs], dim=1)
-        x = x[:, here] + self.position[here]
+        x = F.dropout(x[:, here], self.config.gen_dropout, self.training)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             mask = self.mask[here, : here.stop]
             x = block(x, rotary=self.angles[here], mask=mask, cache=cache, store=True)
         return x
 
-    def logits(self, context, sem=None):
-        """Contexts (N, width) -> [semantic logits (N, codes_sem)].
+    def logits(self, context, vis=None):
+        """Contexts (N, width) -> [visual logits (N, codes_vis)].
 
-        With the semantic indices sem (N,) also the visual logits (N, codes_vis) given them.
+        With the visual indices vis (N,) also the semantic logits (N, codes_sem) given them.
         """
         x = [context]
-        if sem is not None:
-            x.append(self.code_embeddings[0](sem))
+        if vis is not None:
+            x.append(self.embed_vis(vis))
         n = len(x)
-        x = torch.stack(x, dim=1) + self.kind[:n]  # (N, n, width)
+        x = torch.stack(x, dim=1)  # (N, n, width)
         for block in self.head:
-            x = block(x, mask=self.mask[:n, :n])
+            x = block(x, rotary=self.head_angles[:n], mask=self.mask[:n, :n])
         x = F.rms_norm(x, x.shape[-1:]).unbind(1)
-        return [proj(h).float() for proj, h in zip(self.proj_out, x)]
+        return [proj(h).float() for proj, h in zip((self.logits_vis, self.logits_sem), x)]
 
     def draw(self, batch, device):
         """The random numbers of a training step: which labels to hide."""
@@ -1348,8 +1572,8 @@ class FAR(nn.Module):
         tokens = indices.flatten(2).transpose(1, 2).long()  # (B, T, 2)
         context = self.context(labels, tokens[:, :-1]).flatten(0, 1)  # (B * T, width)
         sem, vis = tokens.flatten(0, 1).unbind(1)  # (B * T,) each
-        logits_sem, logits_vis = self.logits(context, sem)
-        return (F.cross_entropy(logits_sem, sem) + F.cross_entropy(logits_vis, vis)) / 2
+        logits_vis, logits_sem = self.logits(context, vis)
+        return (F.cross_entropy(logits_vis, vis) + F.cross_entropy(logits_sem, sem)) / 2
 
     forward = loss  # what DistributedDataParallel calls
 
@@ -1365,8 +1589,8 @@ class FAR(nn.Module):
         tokens = both.new_empty(len(both), 0, 2)
         for position in range(self.config.grid_size**2):
             context = self.context(both, tokens, position, caches)[:, -1]
-            sem = self.choose(self.logits(context)[0], guidance)
-            vis = self.choose(self.logits(context, sem)[1], guidance)
+            vis = self.choose(self.logits(context)[0], guidance)
+            sem = self.choose(self.logits(context, vis)[1], guidance)
             pair = torch.stack([sem, vis], dim=1)  # (2B, 2)
             tokens = torch.cat([tokens, pair[:, None]], dim=1)
         indices = tokens[: len(labels)].transpose(1, 2)  # (B, 2, T)
@@ -1477,7 +1701,7 @@ def encoder(c):
 def decoder(c):
     """Composite latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W), not clipped."""
     width = c.channels * c.channel_mult[-1]
-    layers = [conv(2 * c.code_dim, width), *middle(width)]
+    layers = [conv(2 * c.code_dim, c.z_channels, 1), conv(c.z_channels, width), *middle(width)]
     lowest = len(c.channel_mult) - 1
     for i in range(lowest, -1, -1):
         c_out = c.channels * c.channel_mult[i]
@@ -1558,7 +1782,8 @@ class LPIPS(nn.Module):
 class DINOv2(nn.Module):
     """Oquab et al. 2023, ViT-S/14: RGB in [0, 1], (B, 3, H, W), H and W multiples of 14 -> tokens.
 
-    The result is (B, H * W / 196, 384), the patch tokens after the last norm.
+    The result is (B, H * W / 196, 384), the patch tokens after the last norm; `tokens` has the
+    class token before them.
     """
 
     GRID = 37  # patches each way that the position embedding was made for
@@ -1579,17 +1804,23 @@ class DINOv2(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x):
+        return self.tokens(x)[:, 1:]
+
+    def tokens(self, x):
         x = self.patch_embed["proj"]((x - self.mean) / self.std)  # (B, width, h, w)
         position_cls, position = self.pos_embed.split([1, self.GRID**2], dim=1)
         grid = position.transpose(1, 2).unflatten(2, (self.GRID, self.GRID))  # (1, width, 37, 37)
         if x.shape[2:] != grid.shape[2:]:
-            grid = F.interpolate(grid, x.shape[2:], mode="bicubic", align_corners=False)
+            # The published code passes factors, with 0.1 against rounding down, and they, not the
+            # sizes, say where the points lie: point i at 37 (i + 0.5) / (side + 0.1) - 0.5.
+            factors = [(side + 0.1) / self.GRID for side in x.shape[2:]]
+            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
         x = (x + grid).flatten(2).transpose(1, 2)  # (B, h * w, width)
         cls_token = (self.cls_token + position_cls).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, 1 + h * w, width)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 1:]
+        return self.norm(x)
 
 
 class DINOv2Block(nn.Module):

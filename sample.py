@@ -256,15 +256,19 @@ def read_at(images, index, size):
 
 
 @torch.no_grad()
-def encode_all(model, images, index, device):
-    """images[index] -> their semantic and visual tokens, int32 (n, 2, h, w), on the CPU."""
+def encode_all(model, images, index, device, mirror=False):
+    """images[index] -> their semantic and visual tokens, int32 (n, 2, h, w), on the CPU.
+
+    With `mirror`, those of the mirrored images.
+    """
     config = model.config
     batches = index.split(images_at_once(config))
     progress = Progress("encoding", len(index))
     tokens = []
     done = 0
     for batch in stream_batches(images, batches, device, config.image_size):
-        sem, vis = model.encode(to_float(batch, device))
+        x = to_float(batch, device)
+        sem, vis = model.encode(x.flip(3) if mirror else x)
         tokens.append(torch.stack([sem, vis], dim=1).int().cpu())
         done += len(batch)
         progress.update(done)
@@ -449,7 +453,8 @@ CURVES = [
     ("tokenizer", "L_G and the discriminator's loss", "line", ["adv", "disc"]),
     ("generator", "flow matching (xar)", "log", ["flow"]),
     ("generator", "cross-entropy (far), nats", "line", ["entropy"]),
-    ("tokenizer", "local loss, 1 - cosine", "line", ["local"]),
+    ("tokenizer", "FQGAN's losses", "line", ["contrastive", "disentangle", "entropy"]),
+    ("tokenizer", "VA-VAE's L_vf", "line", ["vf"]),
 ]
 
 
@@ -757,8 +762,10 @@ def command_uniformity(args, config, device):
     # at most the 10,000 of the paper's protocol: memory grows with the square
     val = read_val_set(model, args.uniformity, min(config.eval_images, 10000), device)
     torch.manual_seed(args.seed)
-    codebook = model.codebook_sem.detach()
-    measures, points = repeat_uniformity(codebook, val.tokens[:, 0], args.runs)
+    # a tokenizer with a single semantic code has one codebook, the visual one
+    single = config.codes_sem == 1
+    codebook = (model.codebook_vis if single else model.codebook_sem).detach()
+    measures, points = repeat_uniformity(codebook, val.tokens[:, int(single)], args.runs)
     save_scatter(args.out, points, val.labels, val.data.classes, measures[-1])
     figures = []
     for name in measures[0]:

@@ -238,6 +238,16 @@ def test_presets_have_the_papers_settings():
     double = PRESETS["imagenet256-2x"]
     assert double == replace(c, codes_sem=16384, codes_vis=16384)
 
+    # xAR-B and FQGAN's adversarial loss as released
+    assert (c.gen_width, c.gen_layers, c.gen_heads) == (768, 16, 12)
+    assert (c.gen_dropout, c.label_dropout, c.sampling_steps) == (0.1, 0.1, 40)
+    assert (c.gen_lr, c.gen_lr_end, c.gen_decay) == (4e-4, 1e-5, 0.02)
+    assert (c.lambda_adv, c.adv_adaptive, c.adv_start) == (0.5, 0, 20000)
+
+    far = PRESETS["imagenet256-far"]
+    assert (far.gen_lr, far.gen_batch, far.gen_decay) == (1e-4, 256, 0.05)
+    assert (far.guidance, far.gen_dropout, far.label_dropout) == (2.0, 0.1, 0.1)
+
 
 def test_paper_preset_builds_the_papers_networks():
     c = PRESETS["imagenet256"]
@@ -252,6 +262,8 @@ def test_paper_preset_builds_the_papers_networks():
     assert channels == [128, 128, 128, 128, 128, 256, 256, 256, 256, 512, 512, 512]
     assert len(model.adapter_sem.blocks) == 6
     assert len(model.residual_sem.blocks) == 1
+    first = model.decoder[0]
+    assert first.weight.shape == (256, 16, 1, 1)  # from the concatenated codes to z_channels
 
 
 # ---- Quantizer (1)
@@ -898,7 +910,8 @@ def test_true_latents_decode_to_the_reconstruction(latent_residual, snap):
 
 # ---- The whole loss (2), (3), (13)
 
-# Distinct weights and distinct terms. The weight of "adv" is adv_weight, not lambda_adv.
+# Distinct weights and distinct terms. "adv" and "vf" are weighed by GRADIENT_WEIGHTS, not by the
+# settings.
 LOSS_CONFIG = replace(
     TINY,
     lambda_recon=0.9,
@@ -907,10 +920,13 @@ LOSS_CONFIG = replace(
     lambda_adv=0.8,
     lambda_res=0.5,
     lambda_hist=0.01,
-    lambda_local=0.6,
+    lambda_contrastive=0.6,
+    lambda_disentangle=0.15,
+    lambda_entropy=0.05,
+    lambda_vf=0.85,
     lambda_coverage=0.4,
 )
-ADV_WEIGHT = 0.2
+GRADIENT_WEIGHTS = {"adv": 0.2, "vf": 0.35}
 TERMS = {
     "recon": 2.0,
     "quantize": 3.0,
@@ -918,8 +934,11 @@ TERMS = {
     "adv": 7.0,
     "residual": 11.0,
     "hist": 13.0,
-    "local": 17.0,
+    "contrastive": 17.0,
     "coverage": 19.0,
+    "disentangle": 23.0,
+    "entropy": 29.0,
+    "vf": 31.0,
 }
 TERM_WEIGHTS = {
     "recon": 0.9,
@@ -928,9 +947,14 @@ TERM_WEIGHTS = {
     "adv": 0.2,
     "residual": 0.5,
     "hist": 0.01,
-    "local": 0.6,
+    "contrastive": 0.6,
     "coverage": 0.4,
+    "disentangle": 0.15,
+    "entropy": 0.05,
+    "vf": 0.35,
 }
+SWITCHED_ON = ["recon", "quantize", "residual"]  # always
+NOT_IN_EQ13 = ["coverage", "contrastive", "disentangle", "entropy", "vf"]
 
 
 def loss_terms(without=()):
@@ -959,35 +983,47 @@ def test_eq02_is_the_mean_squared_error():
     ],
 )
 def test_eq03_is_the_weighted_sum(without, expected):
-    loss = glotok.vqgan_loss(LOSS_CONFIG, loss_terms(without), ADV_WEIGHT)
+    loss = glotok.vqgan_loss(LOSS_CONFIG, loss_terms(without), GRADIENT_WEIGHTS)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     "without, expected",
     [
-        ([], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
-        (["perceptual"], 1.8 + 0.9 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
-        (["adv"], 1.8 + 0.9 + 0.7 * 5 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17 + 0.4 * 19),
-        (["hist"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.6 * 17 + 0.4 * 19),
-        (["local"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.4 * 19),
-        (["coverage"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13 + 0.6 * 17),
-        # (13) as printed
-        (["local", "coverage"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13),
-        (["perceptual", "adv", "hist", "local", "coverage"], 1.8 + 0.9 + 0.5 * 11),
+        ([], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13),
+        (["perceptual"], 1.8 + 0.9 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13),
+        (["adv"], 1.8 + 0.9 + 0.7 * 5 + 0.5 * 11 + 0.01 * 13),
+        (["hist"], 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11),
+        (["perceptual", "adv", "hist"], 1.8 + 0.9 + 0.5 * 11),
     ],
 )
 def test_eq13_is_the_weighted_sum(without, expected):
-    loss = glotok.total_loss(LOSS_CONFIG, loss_terms(without), ADV_WEIGHT)
+    terms = loss_terms([*without, *NOT_IN_EQ13])
+    loss = glotok.total_loss(LOSS_CONFIG, terms, GRADIENT_WEIGHTS)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    "without", [[], ["perceptual"], ["adv"], ["hist"], ["local"], ["coverage"]]
+    "term, expected",
+    [
+        ("coverage", 0.4 * 19),
+        ("contrastive", 0.6 * 17),
+        ("disentangle", 0.15 * 23),
+        ("entropy", 0.05 * 29),
+        ("vf", 0.35 * 31),
+    ],
 )
+def test_what_stands_beside_eq13_is_added_with_its_weight(term, expected):
+    terms = loss_terms([name for name in NOT_IN_EQ13 if name != term])
+    loss = glotok.total_loss(LOSS_CONFIG, terms, GRADIENT_WEIGHTS)
+    eq13 = 1.8 + 0.9 + 0.7 * 5 + 0.2 * 7 + 0.5 * 11 + 0.01 * 13
+    assert loss.item() == pytest.approx(eq13 + expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("without", [[], *[[name] for name in TERMS if name not in SWITCHED_ON]])
 def test_eq13_gives_each_term_its_weight_as_gradient(without):
     losses = loss_terms(without)
-    glotok.total_loss(LOSS_CONFIG, losses, ADV_WEIGHT).backward()
+    glotok.total_loss(LOSS_CONFIG, losses, GRADIENT_WEIGHTS).backward()
     for name, term in losses.items():
         assert term.grad.item() == TERM_WEIGHTS[name], name
 
@@ -1003,7 +1039,7 @@ def test_eq13_gives_each_term_its_weight_as_gradient(without):
 def test_eq13_weight_0_switches_off_a_term_that_is_always_there(name, weight):
     c = replace(LOSS_CONFIG, **{weight: 0.0})
     expected = sum(TERM_WEIGHTS[k] * value for k, value in TERMS.items() if k != name)
-    loss = glotok.total_loss(c, loss_terms(), ADV_WEIGHT)
+    loss = glotok.total_loss(c, loss_terms(), GRADIENT_WEIGHTS)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -1132,7 +1168,8 @@ def test_adversarial_weight_equalizes_gradients_at_the_decoders_last_convolution
     (of_pixels,) = torch.autograd.grad(1.5 * losses["recon"], last, retain_graph=True)
     (of_adv,) = torch.autograd.grad(weight * losses["adv"], last, retain_graph=True)
     assert of_adv.norm().item() == pytest.approx(0.8 * of_pixels.norm().item(), rel=1e-2)
-    glotok.total_loss(c, losses, weight).backward()  # the graph is still there
+    # the graph is still there
+    glotok.total_loss(c, losses, glotok.gradient_weights(c, 0, losses, model)).backward()
 
 
 # ---- The generator, xAR (section 3.4)
@@ -1201,7 +1238,8 @@ def test_a_cell_sees_itself_and_earlier_cells_only(cell, change):
 
 
 def test_flow_loss_is_the_error_of_the_velocity():
-    xar = XAR(SMALL)  # untrained, its velocity is 0 everywhere
+    xar = XAR(SMALL)
+    torch.nn.init.zeros_(xar.proj_out.weight)  # its velocity is then 0 everywhere
     latents = torch.randn(4, 16, 8, 8)
     torch.manual_seed(5)
     loss = xar.loss(latents, torch.tensor([0, 1, 2, 0]))
@@ -1418,6 +1456,45 @@ def test_both_samplers_carry_noise_to_a_known_gaussian(stochastic):
     assert latents.std().item() == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_last_step_keeps_the_drift_of_the_noisy_path():
+    """With one step, from t = 1 to 0. There z_t is the noise, v = noise - 0.7, s = -noise."""
+    labels = torch.zeros(3, dtype=torch.int64)
+    torch.manual_seed(4)
+    noise = torch.cat([torch.randn(3, 1, 16, 16) for _ in range(4)], dim=1)
+
+    xar = GaussianVelocity(replace(SMALL, stochastic=1))
+    torch.manual_seed(4)
+    cells = xar.to_cells(xar.sample(labels, steps=1))
+    torch.testing.assert_close(cells, 0.7 - noise)  # noise - (v - s)
+
+    xar = GaussianVelocity(replace(SMALL, stochastic=0))
+    torch.manual_seed(4)
+    cells = xar.to_cells(xar.sample(labels, steps=1))
+    torch.testing.assert_close(cells, torch.full_like(noise, 0.7), atol=1e-6, rtol=0)  # noise - v
+
+
+def test_two_steps_of_euler_maruyama_by_hand():
+    xar = GaussianVelocity(replace(SMALL, stochastic=1, cell=8))  # one cell
+    torch.manual_seed(4)
+    found = xar.to_cells(xar.sample(torch.tensor([0]), steps=2)).numpy()[0, 0]
+
+    torch.manual_seed(4)
+    z = torch.randn(1, 1, 64, 16).double().numpy()[0, 0]
+    fresh = torch.randn(1, 1, 64, 16).double().numpy()[0, 0]
+
+    def drift(z, t):
+        """v - t s, from the density of z_t, N(0.7 (1 - t), variance)."""
+        variance = 0.25 * (1 - t) ** 2 + t**2
+        gap = z - 0.7 * (1 - t)
+        noise = t / variance * gap
+        data = 0.7 + 0.25 * (1 - t) / variance * gap
+        return noise - data + t * gap / variance  # s = -gap / variance
+
+    z = z - 0.96 * drift(z, 1.0) + math.sqrt(2 * 1.0 * 0.96) * fresh
+    z = z - 0.04 * drift(z, 0.04)  # without noise
+    np.testing.assert_allclose(found, z, atol=1e-5)
+
+
 def test_training_finds_the_velocity_of_a_known_gaussian():
     xar = XAR(SMALL)
     labels = torch.zeros(16, dtype=torch.int64)
@@ -1436,37 +1513,326 @@ def test_training_finds_the_velocity_of_a_known_gaussian():
     assert ((velocity - best) ** 2).mean() < 0.05 * best.var()
 
 
-# ---- The rivals: local supervision, FAR
+# ---- xAR as released
 
 
-def test_local_supervision_is_one_minus_the_cosine_and_moves_the_encoder():
-    model = GloTok(replace(TINY, semantic="local", teacher="convnet"))
+@pytest.mark.parametrize(
+    "changes, millions, tolerance",
+    [({}, 172, 0.5), ({"gen_width": 1280, "gen_layers": 40, "gen_heads": 16}, 1150, 50)],
+    ids=["B", "H"],
+)
+def test_xar_has_the_published_number_of_parameters(changes, millions, tolerance):
+    """172 M and 1.1 B."""
+    with torch.device("meta"):
+        xar = XAR(replace(PRESETS["imagenet256"], **changes))
+    found = sum(p.numel() for p in xar.parameters()) / 1e6
+    assert found == pytest.approx(millions, abs=tolerance)
+
+
+def test_xar_starts_from_xaviers_weights_and_biases_of_0():
+    xar = XAR(SMALL)
+    linear = [m for m in xar.modules() if isinstance(m, torch.nn.Linear)]
+    adaln = [block.adaln for block in xar.blocks]
+    assert len(linear) == 4 + 5 * SMALL.gen_layers
+    for m in linear:
+        bound = math.sqrt(6 / (m.in_features + m.out_features)) if m not in adaln else 0
+        assert m.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+        assert not m.bias.any()
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@torch.no_grad()
+def test_positions_enter_before_each_half_of_the_blocks(layers):
+    xar = XAR(replace(SMALL, gen_layers=layers))  # its blocks add nothing: their gates are 0
+    z = torch.randn(1, 4, 16, 16)
+    velocity = xar.velocity(z, torch.rand(1, 4), torch.tensor([1]))
+
+    def normalised(x):
+        return x / np.sqrt((x**2).mean(1, keepdims=True) + np.finfo(np.float32).eps)
+
+    weight, bias, out = (
+        p.double().numpy() for p in (xar.proj_in.weight, xar.proj_in.bias, xar.proj_out.weight)
+    )
+    first, second = xar.position.double().numpy()
+    x = z[0].flatten(0, 1).double().numpy() @ weight.T + bias + first
+    x = normalised(x) + second
+    expected = normalised(x) @ out.T
+    np.testing.assert_allclose(velocity[0].flatten(0, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("generator_class", [XAR, FAR])
+def test_dropout_acts_in_training_alone(generator_class):
+    torch.manual_seed(1)
+    generator = fill_zero_weights(generator_class(replace(SMALL, gen_dropout=0.5)))
+    batch = torch.randn(4, 16, 8, 8) if generator_class is XAR else torch.zeros(4, 2, 8, 8).long()
+    labels = torch.arange(4) % 3
+    draws = generator.draw(4, torch.device("cpu"))
+
+    def losses(generator):
+        return {generator.loss(batch, labels, draws).item() for _ in range(3)}
+
+    assert len(losses(generator.eval())) == 1
+    assert len(losses(generator.train())) == 3
+
+
+def test_dropout_of_a_block_is_that_of_its_three_places():
+    """Attention weights, what attention adds, what the MLP adds: each kept with probability 1/2."""
+    block = glotok.Block(8, 1, dropout=0.5).train()
+    for p in block.parameters():
+        torch.nn.init.zeros_(p)
+    torch.nn.init.ones_(block.attention.proj.bias)  # attention adds 1, or, kept, 2
+    x = torch.zeros(500, 1, 8)
+    added = block(x)
+    assert set(added.unique().tolist()) == {0.0, 2.0}
+    assert (added > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+    torch.nn.init.zeros_(block.attention.proj.bias)
+    torch.nn.init.ones_(block.mlp_out.bias)
+    added = block(x)
+    assert set(added.unique().tolist()) == {0.0, 2.0}
+
+    # one token of value 1: its attention weight is 1, or with dropout 0 or 2
+    torch.nn.init.zeros_(block.mlp_out.bias)
+    torch.nn.init.ones_(block.attention.qkv.bias)
+    torch.nn.init.eye_(block.attention.proj.weight)
+    added = block(x)
+    assert set(added.unique().tolist()) == {0.0, 4.0}
+    assert (added > 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_gate_of_the_mlp_is_gelu():
+    block = glotok.Block(8, 1)
+    x = torch.randn(5, 8)
+    gate, up = (x @ block.mlp_in.weight.T + block.mlp_in.bias).double().chunk(2, dim=1)
+    gelu = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+    expected = (gelu * up) @ block.mlp_out.weight.double().T + block.mlp_out.bias
+    torch.testing.assert_close(block.mlp(x).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+# ---- The rivals: local supervision of FQGAN and VA-VAE
+
+
+def test_fqgans_loss_is_infonce_without_temperature():
+    rng = np.random.default_rng(0)
+    prediction = rng.normal(size=(5, 7))
+    target = rng.normal(size=(5, 7))
+
+    def infonce(prediction):
+        total = 0
+        for i in range(5):
+            similarity = []
+            for j in range(5):
+                dot = prediction[i] @ target[j]
+                lengths = np.linalg.norm(prediction[i]) * np.linalg.norm(target[j])
+                similarity.append(dot / lengths)
+            total -= np.log(np.exp(similarity[i]) / np.exp(similarity).sum())
+        return total / 5
+
+    x = torch.tensor(prediction, dtype=torch.float32, requires_grad=True)
+    y = torch.tensor(target, dtype=torch.float32, requires_grad=True)
+    loss = glotok.contrastive_loss(x, y.detach())
+    assert loss.item() == pytest.approx(infonce(prediction), abs=1e-6)
+    loss.backward()
+    expected = numerical_gradient(infonce, prediction)
+    np.testing.assert_allclose(x.grad, expected, atol=1e-5)
+
+
+def numerical_gradient(f, x, eps=1e-5):
+    """Central differences of f, a function of an array, at x."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[i] = eps
+        gradient[i] = (f(x + step) - f(x - step)) / (2 * eps)
+    return gradient
+
+
+def vf_by_loops(z, f):
+    """VA-VAE's loss of z (B, T, D) and f (B, T, D)."""
+
+    def cos(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    images, tokens, _ = z.shape
+    mdms = 0
+    mcos = 0
+    for b in range(images):
+        for i in range(tokens):
+            mcos += max(0, 1 - 0.5 - cos(z[b, i], f[b, i]))
+            for j in range(tokens):
+                difference = cos(z[b, i], z[b, j]) - cos(f[b, i], f[b, j])
+                mdms += max(0, abs(difference) - 0.25)
+    return mdms / (images * tokens**2) + mcos / (images * tokens)
+
+
+def test_vavaes_loss_has_both_margins():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, 4, 3))
+    f = z + 0.8 * rng.normal(size=(2, 4, 3))  # so near that both margins forgive some
+    maps = np.ascontiguousarray(f.transpose(0, 2, 1)).reshape(2, 3, 2, 2)
+    x = torch.tensor(z, dtype=torch.float32, requires_grad=True)
+    loss = glotok.vf_loss(x, torch.tensor(maps, dtype=torch.float32))
+    assert loss.item() == pytest.approx(vf_by_loops(z, f), abs=1e-6)
+    loss.backward()
+    expected = numerical_gradient(lambda z: vf_by_loops(z, f), z)
+    np.testing.assert_allclose(x.grad, expected, atol=1e-4)
+    assert (expected == 0).any() or vf_by_loops(z, f) < vf_by_loops(z, -f)
+
+
+def test_vavaes_loss_forgives_what_lies_within_the_margins():
+    angle = math.acos(0.6)  # 0.6 > 0.5
+    z = torch.tensor([[[1.0, 0.0]]])
+    maps = torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 2, 1, 1)
+    assert glotok.vf_loss(z, maps).item() == 0
+    angle = math.acos(0.3)
+    maps = torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 2, 1, 1)
+    assert glotok.vf_loss(z, maps).item() == pytest.approx(0.2, abs=1e-6)
+
+
+def test_vavaes_maps_are_averaged_over_each_tokens_area():
+    z = torch.randn(2, 4, 3)
+    maps = torch.randn(2, 3, 4, 4)
+    f = maps.numpy().reshape(2, 3, 2, 2, 2, 2).mean((3, 5))  # (2, 3, 2, 2)
+    f = f.reshape(2, 3, 4).transpose(0, 2, 1)
+    assert glotok.vf_loss(z, maps).item() == pytest.approx(vf_by_loops(z.numpy(), f), abs=1e-6)
+
+
+def teacher_answer(n=2):
+    """A vector and a map of random features for each of n images."""
+    vectors = torch.randn(n, 64, requires_grad=True)
+    maps = torch.randn(n, 64, 16, 16, requires_grad=True)
+    return vectors, maps
+
+
+@pytest.mark.parametrize("semantic, loss, used", [("fqgan", "contrastive", 0), ("vavae", "vf", 1)])
+def test_local_supervision_moves_the_semantic_branch_alone(semantic, loss, used):
+    model = GloTok(replace(TINY, semantic=semantic, teacher="convnet", width=16))
+    answer = [x.detach() for x in teacher_answer()]
+    _, losses = model(random_images(), answer)
+    losses[loss].backward()
+    # Straight through the quantizer; no codebook, nothing visual, no decoder.
+    assert modules_with_gradient(model) == {"encoder", "adapter_sem", "semantic_head"}
+
+    other = list(answer)
+    other[1 - used] = torch.randn_like(other[1 - used])
     x = random_images()
-    teacher = torch.randn(2, 64, 16, 16)  # finer than the grid of 8: averaged over 2x2
-    _, losses = model(x, teacher)
+    assert model(x, answer)[1][loss] == model(x, other)[1][loss]  # the other kind is not looked at
 
-    with torch.no_grad():
+
+def test_local_supervision_reads_the_quantized_codes():
+    for semantic, loss in (("fqgan", "contrastive"), ("vavae", "vf")):
+        model = GloTok(replace(TINY, semantic=semantic, teacher="convnet")).eval()
+        x = random_images()
+        answer = [a.detach() for a in teacher_answer()]
+        found = model(x, answer)[1][loss]
         sem, _ = model.encode(x)
         codes = F.embedding(sem.flatten(1), model.codebook_sem)
-        prediction = model.local_head(codes).numpy()  # (2, 64, 64)
-    teacher = teacher.numpy()
-    cosines = []
-    for b in range(2):
-        for token in range(64):
-            row = 2 * (token // 8)
-            column = 2 * (token % 8)
-            u = prediction[b, token]
-            v = teacher[b, :, row : row + 2, column : column + 2].mean((1, 2))
-            cosines.append(u @ v / np.linalg.norm(u) / np.linalg.norm(v))
-    assert losses["local"].item() == pytest.approx(1 - np.mean(cosines), abs=1e-5)
-
-    losses["local"].backward()
-    # Straight through the quantizer; nothing visual, no decoder.
-    assert modules_with_gradient(model) == {"encoder", "adapter_sem", "local_head"}
+        prediction = model.semantic_head(codes)
+        if semantic == "fqgan":
+            expected = glotok.contrastive_loss(prediction, answer[0])
+        else:
+            expected = glotok.vf_loss(prediction, answer[1])
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_global_supervision_has_no_local_loss():
-    _, losses = GloTok(TINY)(random_images())
+@torch.no_grad()
+def test_fqgans_head_sees_every_position_and_where_it_is():
+    head = glotok.ContrastiveHead(8, 64, 4).eval()
+    codes = torch.randn(1, 16, 8)
+    before = head(codes)
+    assert before.shape == (1, 64)
+    for k in range(16):
+        changed = codes.clone()
+        changed[0, k] += 1
+        assert (head(changed) - before).abs().max() > 1e-5
+    assert (head(codes.flip(1)) - before).abs().max() > 1e-5
+    # LayerNorm comes last: mean 0, deviation 1
+    assert before.mean().item() == pytest.approx(0, abs=1e-5)
+    assert before.std(correction=0).item() == pytest.approx(1, abs=1e-2)
+
+
+def test_disentanglement_is_the_mean_squared_cosine():
+    sem = F.normalize(torch.randn(2, 5, 8), dim=2).requires_grad_()
+    vis = F.normalize(torch.randn(2, 5, 8), dim=2).requires_grad_()
+    loss = glotok.disentangle_loss(sem, vis)
+    dots = np.einsum("btd,btd->bt", sem.detach().double(), vis.detach().double())
+    assert loss.item() == pytest.approx((dots**2).mean(), rel=1e-5)
+    loss.backward()
+    expected = 2 * dots[:, :, None] * vis.detach().double().numpy() / 10
+    np.testing.assert_allclose(sem.grad, expected, atol=1e-6)
+
+
+def test_entropy_loss_by_loops():
+    rng = np.random.default_rng(0)
+
+    def unit(shape):
+        x = rng.normal(size=shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    z = unit((2, 3, 4))
+    codebook = unit((5, 4))
+
+    def entropy(q):
+        return -(q * np.log(q)).sum()
+
+    def loss_of(z, codebook):
+        q = []
+        for feature in z.reshape(6, 4):
+            distance = ((feature - codebook) ** 2).sum(1)
+            weight = np.exp(-distance / 0.5)
+            q.append(weight / weight.sum())
+        return np.mean([entropy(row) for row in q]) - entropy(np.mean(q, axis=0))
+
+    x = torch.tensor(z, dtype=torch.float32)
+    y = torch.tensor(codebook, dtype=torch.float32)
+    found = glotok.entropy_loss(x, y, temperature=0.5)
+    assert found.item() == pytest.approx(loss_of(z, codebook), abs=1e-5)
+    # At FQGAN's temperature, 0.01: each feature is sure, so only the use of the codes counts.
+    codebook = torch.eye(5)
+    sure = codebook[[0, 1, 2, 0]].view(1, 4, 5).clone().requires_grad_()
+    loss = glotok.entropy_loss(sure, codebook)
+    expected = -(1.5 * math.log(2))  # shares 1/2, 1/4, 1/4
+    assert loss.item() == pytest.approx(expected, abs=1e-2)
+    loss.backward()
+    assert sure.grad.isfinite().all()  # though the shares of two codes underflow
+
+
+@pytest.mark.parametrize("name", ["disentangle", "entropy"])
+def test_fqgans_further_losses_have_a_flag_each(name):
+    c = replace(TINY, semantic="fqgan", teacher="convnet")
+    _, losses = GloTok(c)(random_images(), teacher_answer())
+    assert name in losses
+    _, losses = GloTok(replace(c, **{f"lambda_{name}": 0.0}))(random_images(), teacher_answer())
+    assert name not in losses
+    assert "contrastive" in losses
+
+
+@pytest.mark.parametrize("adapter_layers", [0, 1])
+def test_vavaes_weight_is_the_ratio_of_gradients_at_the_last_layer_before_the_latent(
+    adapter_layers,
+):
+    c = replace(TINY, semantic="vavae", teacher="convnet", adapter_layers=adapter_layers)
+    c = replace(c, lambda_vf=0.2, lambda_recon=1.5)
+    model = GloTok(c)
+    x = random_images()
+    recon, losses = model(x, teacher_answer())
+    losses["recon"] = glotok.reconstruction_loss(recon, x)
+    weights = glotok.gradient_weights(c, 0, losses, model)
+    assert weights.keys() == {"vf"}
+
+    adapter = model.adapter_sem
+    last = adapter.weight if adapter_layers == 0 else adapter.proj_out.weight
+    (of_pixels,) = torch.autograd.grad(1.5 * losses["recon"], last, retain_graph=True)
+    (of_vf,) = torch.autograd.grad(losses["vf"], last, retain_graph=True)
+    expected = 0.2 * of_pixels.norm().item() / of_vf.norm().item()
+    assert weights["vf"].item() == pytest.approx(expected, rel=2e-2)  # 1e-4 guards the division
+    assert not weights["vf"].requires_grad
+    glotok.total_loss(c, losses, weights).backward()  # the graph is still there
+
+
+@pytest.mark.parametrize("semantic", ["global", "none"])
+def test_no_other_supervision_has_local_losses(semantic):
+    _, losses = GloTok(replace(TINY, semantic=semantic))(random_images())
     assert losses.keys() == {"quantize", "residual", "coverage"}
 
 
@@ -1475,9 +1841,12 @@ def test_coverage_can_be_switched_off():
     assert losses.keys() == {"quantize", "residual"}
 
 
+# ---- The rivals: FAR
+
+
 def far_and_tokens():
     """A small FAR, tokens (3, 64, 2) and labels (3,)."""
-    far = FAR(replace(TINY, gen_layers=2))
+    far = fill_zero_weights(FAR(replace(TINY, gen_layers=2)))
     sem = torch.randint(TINY.codes_sem, (3, 64))
     vis = torch.randint(TINY.codes_vis, (3, 64))
     labels = torch.randint(TINY.classes, (3,))
@@ -1506,19 +1875,54 @@ def test_far_sees_the_label_everywhere():
 
 
 @torch.no_grad()
-def test_fars_head_predicts_the_semantic_index_first():
+def test_fars_head_predicts_the_visual_index_first():
     far, _, _ = far_and_tokens()
     context = torch.randn(5, 16)
     indices = torch.arange(5)
     (alone,) = far.logits(context)
-    sem, vis = far.logits(context, indices)
-    other_sem, other_vis = far.logits(context, indices + 1)
-    assert alone.shape == (5, TINY.codes_sem)
-    assert vis.shape == (5, TINY.codes_vis)
-    # The semantic logits see no index, the visual ones see the semantic index.
-    assert torch.allclose(alone, sem, atol=1e-6)
-    assert torch.allclose(sem, other_sem, atol=1e-6)
-    assert (vis - other_vis).abs().amax(1).min() > 1e-4
+    vis, sem = far.logits(context, indices)
+    other_vis, other_sem = far.logits(context, indices + 1)
+    assert alone.shape == (5, TINY.codes_vis)
+    assert sem.shape == (5, TINY.codes_sem)
+    # The visual logits see no index, the semantic ones see the visual index.
+    assert torch.allclose(alone, vis, atol=1e-6)
+    assert torch.allclose(vis, other_vis, atol=1e-6)
+    assert (sem - other_sem).abs().amax(1).min() > 1e-5
+
+
+def test_far_b_has_the_published_number_of_parameters():
+    """415 M in table 2. Counted by hand for weights without biases, 16,384 codes of each kind."""
+    c = PRESETS["imagenet256-far"]
+    assert (c.gen_width, c.gen_layers, c.gen_heads, c.head_layers) == (1024, 24, 16, 3)
+    with torch.device("meta"):
+        far = FAR(c)
+    found = sum(p.numel() for p in far.parameters())
+    assert found / 1e6 == pytest.approx(415, rel=0.015)
+    block = 4 * 1024**2 + 3 * 1024 * 2730
+    codes = 2 * 2 * 16384 * 1024  # embeddings and logits
+    by_hand = 27 * block + codes + 2 * 1024**2 + 1001 * 1024
+    assert found / by_hand == pytest.approx(1, abs=1e-3)
+
+
+def test_an_untrained_far_finds_all_codes_equally_likely():
+    far = FAR(TINY)
+    indices = torch.randint(16, (2, 2, 8, 8))
+    expected = (math.log(TINY.codes_sem) + math.log(TINY.codes_vis)) / 2
+    assert far.loss(indices, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_far_knows_where_it_is_by_rotary_positions_alone():
+    far, _, labels = far_and_tokens()
+    same = torch.ones(3, 63, 2, dtype=torch.int64)
+    contexts = far.context(labels, same)
+    assert (contexts[:, 2:] - contexts[:, 1:-1]).abs().amax((0, 2)).min() > 1e-6
+    far.angles.zero_()
+    far.label_embedding.weight.copy_(
+        far.proj_in(torch.cat([far.embed_vis.weight[1], far.embed_sem.weight[1]]))
+    )
+    contexts = far.context(labels, same)  # nothing tells one position from another
+    torch.testing.assert_close(contexts, contexts[:, :1].expand(-1, 64, -1), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -1542,7 +1946,7 @@ def test_fars_loss_is_the_mean_negative_log_likelihood():
     for k in range(64):
         context = far.context(labels, tokens[:, :k])[:, -1]
         sem, vis = tokens[:, k].unbind(1)
-        logits_sem, logits_vis = far.logits(context, sem)
+        logits_vis, logits_sem = far.logits(context, vis)
         for b in range(3):
             total -= logits_sem[b].log_softmax(0)[sem[b]].item()
             total -= logits_vis[b].log_softmax(0)[vis[b]].item()
@@ -1707,6 +2111,42 @@ def test_dinov2_puts_each_patch_at_its_place():
     token += state["pos_embed"][0, 1 + 37 * row + column]
     found = net(x)[0, 37 * row + column]
     torch.testing.assert_close(found, net.norm(token), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (28, 42)])
+@torch.no_grad()
+def test_dinov2s_positions_are_resized_by_the_published_factor(height, width):
+    """Bicubic, A = -0.75: row i of h comes from 37 (i + 0.5) / (h + 0.1) - 0.5."""
+    net = DINOv2(depth=1)
+    for scale in (net.blocks[0].ls1, net.blocks[0].ls2):
+        scale["gamma"].zero_()
+    torch.nn.init.zeros_(net.patch_embed["proj"].weight)  # the tokens are then the positions
+    torch.nn.init.zeros_(net.patch_embed["proj"].bias)
+    net.norm = torch.nn.Identity()
+
+    def weights(n):
+        """(n, 37): how much each published position counts at each of n."""
+
+        def cubic(x):
+            x = abs(x)
+            if x <= 1:
+                return 1.25 * x**3 - 2.25 * x**2 + 1
+            return -0.75 * x**3 + 3.75 * x**2 - 6 * x + 3 if x < 2 else 0.0
+
+        matrix = np.zeros((n, 37))
+        for i in range(n):
+            position = 37 * (i + 0.5) / (n + 0.1) - 0.5
+            first = math.floor(position) - 1
+            for k in range(first, first + 4):
+                matrix[i, min(max(k, 0), 36)] += cubic(position - k)
+        return matrix
+
+    grid = net.pos_embed[0, 1:].view(37, 37, 384).double().numpy()
+    expected = np.einsum("ri,cj,ijd->rcd", weights(height // 14), weights(width // 14), grid)
+    found = net(torch.rand(1, 3, height, width))[0].view(height // 14, width // 14, 384)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    tokens = net.tokens(torch.rand(1, 3, height, width))[0]
+    torch.testing.assert_close(tokens[0], (net.cls_token + net.pos_embed[:, :1])[0, 0])
 
 
 def test_kmeans_finds_separated_blobs():
@@ -2047,6 +2487,15 @@ def test_learning_rate_warms_up_stays_and_falls_by_half_a_cosine():
     assert rates[100] == 0
 
 
+def test_learning_rate_falls_to_its_end():
+    rates = [train.learning_rate(step, 100, 4e-4, 10, 0.4, 1e-5) for step in range(101)]
+    assert rates[4] == pytest.approx(4e-4 / 2)
+    assert rates[60] == pytest.approx(4e-4)
+    assert rates[80] == pytest.approx((4e-4 + 1e-5) / 2)
+    assert rates[90] == pytest.approx(1e-5 + (4e-4 - 1e-5) * (1 + math.cos(3 * math.pi / 4)) / 2)
+    assert rates[100] == pytest.approx(1e-5)
+
+
 def test_learning_rate_without_warm_up_or_cosine():
     for step in range(100):
         assert train.learning_rate(step, 100, 3e-4, warmup=0, cooldown=0) == 3e-4
@@ -2116,6 +2565,100 @@ def test_vectors_are_read_from_every_kind_of_file(tmp_path):
         assert torch.equal(train.read_vectors(path, name), vectors), spec
     with pytest.raises(BadInput, match=r"a \(9, 4\), b \(3, 2\)"):
         train.read_vectors(tmp_path / "two.pth")
+
+
+def numbered_images(n):
+    """Data of n training images (16x16), image i all of colour (i // 256, i % 256, 0)."""
+    pixels = torch.zeros(n, 3, 16, 16, dtype=torch.uint8)
+    pixels[:, 0] = (torch.arange(n) // 256).view(n, 1, 1).byte()
+    pixels[:, 1] = (torch.arange(n) % 256).view(n, 1, 1).byte()
+    labels = torch.arange(n) * 3 // n
+    return fid.Data(pixels, labels, pixels[:2], labels[:2], ["a", "b", "c"])
+
+
+def numbered_features(x):
+    """A teacher network whose features (B, 2, 4, 4) are the image's number and the patch's."""
+    images = ((x[:, :2, 0, 0] + 1) * 127.5).round()
+    number = images[:, 0] * 256 + images[:, 1]
+    maps = torch.stack(
+        [number.view(-1, 1).expand(-1, 16), torch.arange(16.0).expand(len(x), 16)], dim=1
+    )
+    return None, maps.unflatten(2, (4, 4))
+
+
+@pytest.fixture
+def clustered(monkeypatch):
+    """What train.py gives to k-means: a list of (vectors, k)."""
+    calls = []
+
+    def record(x, k):
+        calls.append((x, k))
+        return x[:k]
+
+    monkeypatch.setattr(train, "kmeans", record)
+    return calls
+
+
+@pytest.mark.parametrize("cap, images, patches", [(0, 300, 1), (100, 100, 3)])
+def test_every_training_image_gives_the_teacher_vectors(cap, images, patches, clustered):
+    c = replace(TINY, teacher_centres=12, teacher_images=cap)
+    train.feature_centres(c, numbered_images(300), numbered_features, torch.device("cpu"))
+    [(vectors, k)] = clustered
+    assert k == 12
+    number, patch = vectors.T
+    seen, count = number.unique(return_counts=True)
+    assert len(seen) == images
+    assert (count == patches).all()
+    assert len(vectors.unique(dim=0)) == images * patches  # an image's patches are different ones
+    assert len(patch.unique()) == 16  # and any may be chosen
+    if cap:
+        assert seen.max() > 200  # the images are not the first ones
+
+
+def test_kmeans_sees_a_sample_of_too_many_vectors(clustered, monkeypatch):
+    monkeypatch.setattr(train, "MOST_PER_CENTRE", 5)
+    c = replace(TINY, teacher_centres=12)
+    train.feature_centres(c, numbered_images(300), numbered_features, torch.device("cpu"))
+    [(vectors, _)] = clustered
+    assert vectors.shape == (60, 2)
+    assert len(vectors[:, 0].unique()) == 60
+    assert vectors[:, 0].max() > 200
+
+
+def test_vqgan_lcs_centres_are_found_class_by_class(clustered):
+    c = replace(TINY, teacher_centres=12, teacher_by_class=1)
+    found = train.feature_centres(c, numbered_images(300), numbered_features, torch.device("cpu"))
+    assert found.shape == (12, 2)
+    assert len(clustered) == 3
+    for label, (vectors, k) in enumerate(clustered):
+        assert k == 4
+        numbers = torch.arange(100.0) + 100 * label
+        torch.testing.assert_close(vectors[:, 0].sort().values, numbers)
+        torch.testing.assert_close(vectors[:, 1], torch.full((100,), 7.5))  # the patches' mean
+
+
+def test_feature_networks_give_a_vector_and_maps(monkeypatch):
+    convnet = glotok.ConvNet(3).eval()
+    teacher = {"convnet": convnet.state_dict(), "classes": 3}
+    device = torch.device("cpu")
+    x = random_images()
+    vectors, maps = train.load_feature_network(teacher, device)(x)
+    expected = convnet.features(x).detach()
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(vectors, expected.mean((2, 3)))
+    assert not maps.requires_grad
+
+    small = DINOv2(depth=1)
+    monkeypatch.setattr(train, "DINOv2", lambda: small)
+    monkeypatch.setattr(train, "fetch", lambda name: name)
+    monkeypatch.setattr(train, "load_weights", lambda path, net: None)
+    vectors, maps = train.load_feature_network({}, device)(x)
+    resized = F.interpolate((x + 1) / 2, (224, 224), mode="bicubic", antialias=True)
+    tokens = small.tokens(resized.clamp(0, 1)).detach()
+    torch.testing.assert_close(vectors, tokens[:, 0], atol=1e-5, rtol=1e-4)
+    place = tokens[:, 1 + 16 * 3 + 5]
+    torch.testing.assert_close(maps[:, :, 3, 5], place, atol=1e-5, rtol=1e-4)
+    assert not maps.requires_grad
 
 
 def test_teacher_of_a_file_is_its_histogram(tmp_path):
@@ -3176,7 +3719,7 @@ def assert_leaves_nothing(run_command, words, expected):
     [
         ("--data cifar10", "cannot download cifar-10-binary"),
         ("--teacher dinov2", "cannot download dinov2"),
-        ("--semantic local --teacher dinov2", "cannot download"),
+        ("--semantic fqgan --teacher dinov2", "cannot download"),
         ("--lambda_perceptual 1", "cannot download vgg16"),
     ],
 )
@@ -3266,11 +3809,14 @@ def test_every_loss_can_be_switched_on_and_off(small_flags, tmp_path, monkeypatc
     assert "hist" not in row
 
 
-def test_the_rivals_train_resume_and_sample(small_flags, tmp_path, monkeypatch, run_command):
+@pytest.mark.parametrize("semantic, loss", [("fqgan", "contrastive"), ("vavae", "vf")])
+def test_the_rivals_train_resume_and_sample(
+    semantic, loss, small_flags, tmp_path, monkeypatch, run_command
+):
     # The teacher need not be good here.
     train_briefly = functools.partial(train.train_convnet, steps=20)
     monkeypatch.setattr(train, "train_convnet", train_briefly)
-    teacher = ["--teacher", "convnet", "--teacher_centres", 64, "--semantic", "local"]
+    teacher = ["--teacher", "convnet", "--teacher_centres", 64, "--semantic", semantic]
     flags = [*small_flags, *teacher, "--generator", "far", "--top_k", 8]
     whole = tmp_path / "whole"
     halves = tmp_path / "halves"
@@ -3282,12 +3828,145 @@ def test_the_rivals_train_resume_and_sample(small_flags, tmp_path, monkeypatch, 
     assert torch.load(halves / "generator.pt", weights_only=True)["step"] == 20
 
     rows = read_rows(whole)
-    assert 0 < rows[0]["local"] < 2
+    assert 0 < rows[0][loss] < math.log(8) + 2  # similarities lie in [-1, 1]
     assert "hist" not in rows[0]
     assert rows[-1]["entropy"] < math.log(24)
     result = run_command(sample, whole, "--n", 4, "--out", tmp_path / "x.npz")
     assert result.status == 0, result.err
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_a_single_semantic_code_is_a_vq_vae(small_flags, tmp_path, monkeypatch, run_command):
+    """Tables 2 and 3's baseline by one setting: it trains, saves, samples, and is measured."""
+    folder = tmp_path / "run"
+    result = run_command(train, *small_flags, "--codes_sem", 1, "--out", folder)
+    assert result.status == 0, result.err
+    rows = read_rows(folder)
+    assert "hist" not in rows[0]
+    model = sample.load_run(folder)
+    x = random_images()
+    sem, vis = model.encode(x)
+    assert not sem.any()  # nothing of the image is in it
+    assert len(vis.unique()) > 4
+    assert run_command(sample, folder, "--n", 2, "--out", tmp_path / "x.npz").status == 0
+
+    seen = []
+
+    def record_codebook(codebook, tokens, runs):
+        seen.append((codebook, tokens))
+        return [{"gini": 0.1}], torch.randn(len(tokens), 2)
+
+    monkeypatch.setattr(sample, "repeat_uniformity", record_codebook)
+    monkeypatch.setattr(sample, "save_scatter", lambda *args: None)
+    words = ["--uniformity", small_flags[-1], "--out", tmp_path / "u.png"]
+    assert run_command(sample, folder, *words).status == 0
+    [(codebook, tokens)] = seen
+    assert torch.equal(codebook, model.codebook_vis)
+    assert len(tokens.unique()) > 4
+
+
+def test_the_discriminators_gradient_is_clipped_too(
+    small_flags, tmp_path, monkeypatch, run_command
+):
+    clip = torch.nn.utils.clip_grad_norm_
+    clipped = []
+
+    def record(parameters, limit):
+        parameters = list(parameters)
+        norm = clip(parameters, limit)
+        after = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+        clipped.append((len(parameters), after))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    flags = ["--lambda_adv", 0.5, "--adv_start", 2, "--disc_channels", 8, "--disc_layers", 1]
+    flags += ["--clip", 1e-3, "--stage", "tokenizer", "--tokenizer_steps", 4]
+    result = run_command(train, *small_flags, *flags, "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    disc = glotok.discriminator(replace(TINY, disc_channels=8, disc_layers=1))
+    of_disc = [after for n, after in clipped if n == len(list(disc.parameters()))]
+    assert len(clipped) == 4 + 2
+    assert of_disc == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+def test_weight_decay_is_for_matrices_alone():
+    xar = XAR(SMALL)
+    with_decay, without = train.decay_groups(xar, 0.05)
+    assert with_decay["weight_decay"] == 0.05
+    assert without["weight_decay"] == 0
+    names = {id(p): name for name, p in xar.named_parameters()}
+    assert {names[id(p)].split(".")[-1] for p in without["params"]} == {"bias"}
+    assert len(with_decay["params"]) + len(without["params"]) == len(names)
+
+
+def fake_encoding(monkeypatch, n):
+    """All tokens of image i are the semantic code i % 16 and the visual code 1, mirrored 0."""
+
+    def encode(run, model, mirror=False):
+        tokens = torch.zeros(n, 2, 8, 8, dtype=torch.int32)
+        tokens[:, 0] = (torch.arange(n) % 16).view(n, 1, 1)
+        tokens[:, 1] = int(not mirror)
+        return tokens
+
+    monkeypatch.setattr(train, "encode_training_set", encode)
+
+
+def generator_run(folder, config, labels):
+    data = fid.Data(labels, labels, labels, labels, ["a", "b", "c"])
+    folder.mkdir()
+    return sample.Run(config, folder, data, {}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_the_generator_learns_mirrored_images_too(flip, tmp_path, monkeypatch):
+    config = replace(TINY, flip=flip, generator="far", generator_steps=12, gen_batch=8)
+    labels = torch.arange(48) % 16 % 3
+    fake_encoding(monkeypatch, 48)
+    seen = []
+    loss = FAR.loss
+
+    def record(self, indices, labels, draws=None):
+        seen.append((indices[:, :, 0, 0], labels))
+        return loss(self, indices, labels, draws)
+
+    monkeypatch.setattr(FAR, "forward", record)
+    run = generator_run(tmp_path / "run", config, labels)
+    train.train_generator(run, GloTok(config))
+    tokens = torch.cat([tokens for tokens, _ in seen])
+    assert torch.equal(torch.cat([labels for _, labels in seen]), tokens[:, 0] % 3)
+    assert set(tokens[:, 1].tolist()) == ({0, 1} if flip else {1})
+    if flip:  # 96 images in an epoch of 12 steps of 8: each and its mirror image once
+        assert len(tokens) == 96
+        assert (tokens[:, 1] == 0).sum() == 48
+
+
+def test_the_latents_deviation_is_that_of_the_whole_training_set(tmp_path, monkeypatch):
+    """The first 7,000 images of 8,000 are all alike, as in sorted data."""
+    config = replace(TINY, flip=0, generator_steps=1)
+    tokens = torch.zeros(8000, 2, 8, 8, dtype=torch.int32)
+    tokens[7000:] = torch.randint(16, (1000, 2, 8, 8))
+    monkeypatch.setattr(train, "encode_training_set", lambda *args: tokens)
+    model = GloTok(config)
+    for quantizer in (model.quantizer_sem, model.quantizer_vis):
+        quantizer.weight.data[0] = 1  # all its components are equal
+    run = generator_run(tmp_path / "run", config, torch.zeros(8000, dtype=torch.int64))
+    ema_model, _ = train.train_generator(run, model)
+    sem = model.codebook_sem.detach().double().numpy()[tokens[:, 0]]
+    vis = model.codebook_vis.detach().double().numpy()[tokens[:, 1]]
+    expected = np.concatenate([sem, vis], axis=-1).std()
+    assert ema_model.latent_std.item() == pytest.approx(expected, rel=1e-2)
+    assert expected > 0.1  # and of the first 1,000 it is 0
+
+
+def test_mirrored_images_are_encoded_mirrored():
+    model = GloTok(TINY).eval()
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    index = torch.arange(3)
+    device = torch.device("cpu")
+    found = sample.encode_all(model, images, index, device, mirror=True)
+    expected = sample.encode_all(model, images.flip(3), index, device)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, sample.encode_all(model, images, index, device))
 
 
 def test_semantic_none_trains_without_the_histogram_loss(small_flags, tmp_path, run_command):
@@ -3444,8 +4123,11 @@ BAD_TRAIN_WORDS = [
     ("--width 15", "width is 15: it must be a multiple of heads, 2"),
     ("--cell 3", "cell is 3: it must divide the grid of 8 tokens"),
     ("--gen_width 20", "gen_width is 20: it must be a multiple of 4 gen_heads"),
-    ("--semantic nearby", "semantic is 'nearby': it must be global, local or none"),
-    ("--semantic local --teacher sphere", "--teacher convnet or dinov2"),
+    ("--semantic nearby", "semantic is 'nearby': it must be global, fqgan, vavae or none"),
+    ("--semantic fqgan --teacher sphere", "--teacher convnet or dinov2"),
+    ("--semantic vavae --teacher sphere", "--teacher convnet or dinov2"),
+    ("--semantic vavae --teacher convnet --codes_sem 1", "vavae has nothing to teach"),
+    ("--gen_lr 1e-4 --gen_lr_end 2e-4", "gen_lr_end is 0.0002: it must not exceed gen_lr, 0.0001"),
     ("--generator gan", "generator is 'gan': it must be xar or far"),
     ("--precision half", "precision is 'half': it must be auto, bf16 or float32"),
     # batches that cannot be divided
@@ -3626,7 +4308,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     assert np.abs(picture - deep_pixels() / 257).max() <= 1  # 65535 / 257 = 255
 
 
-@pytest.mark.parametrize("semantic", ["global", "local"])
+@pytest.mark.parametrize("semantic", ["global", "fqgan", "vavae"])
 def test_two_images_are_enough(semantic, run_command, tmp_path, monkeypatch):
     """One to train on, one held out; of two classes, so that a classifier can be their teacher."""
     short = functools.partial(train.train_convnet, steps=30)

@@ -61,10 +61,10 @@ from glotok import (
     DINOv2,
     GloTok,
     adversarial_loss,
-    adversarial_weight,
     cosine_moments,
     discriminator,
     discriminator_loss,
+    gradient_weights,
     histogram_floor,
     histogram_relation_loss,
     kmeans,
@@ -77,6 +77,7 @@ from sample import (
     Run,
     draw_curves,
     encode_all,
+    evenly_spaced,
     load_config,
     load_convnet,
     make_config,
@@ -194,8 +195,8 @@ def check_unchanged(args, given, saved, preset):
 # ================================================================================================
 
 
-def learning_rate(step, steps, peak, warmup, cooldown):
-    """Linear warm-up over `warmup` steps, constant, then half a cosine down to 0.
+def learning_rate(step, steps, peak, warmup, cooldown, end=0.0):
+    """Linear warm-up over `warmup` steps, constant at `peak`, then half a cosine down to `end`.
 
     The cosine takes the last share `cooldown` of the steps. step counts from 0.
     """
@@ -203,7 +204,7 @@ def learning_rate(step, steps, peak, warmup, cooldown):
     last_part = max(cooldown * steps, 1)
     late = max(0.0, 1 - (steps - step) / last_part)  # 0 until the last part, then up to 1
     down = (1 + math.cos(math.pi * late)) / 2
-    return peak * up * down
+    return up * (end + (peak - end) * down)
 
 
 def set_learning_rate(optimizer, rate):
@@ -273,8 +274,8 @@ def compile_networks(c, device, *networks):
 # Several processes (torchrun) and micro-batches (--accumulate). Every process takes an equal share
 # of every batch, in --accumulate micro-batches one after the other. Random numbers are drawn for
 # the whole batch, and each takes its own: any division of the batch makes the same step, up to
-# rounding, but for what looks at the features of a micro-batch (coverage_loss, revive) and for a
-# discriminator (its batch norm, VQGAN's adaptive weight).
+# rounding. Exceptions: what looks at a micro-batch as a whole (coverage_loss, revive, the
+# discriminator's batch norm, gradient_weights, FQGAN's InfoNCE and entropy), and dropout.
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -396,41 +397,82 @@ def mirrored(x, mirror):
 
 
 def load_feature_network(teacher, device):
-    """The teacher network as a function of images in [-1, 1] -> features (B, D, h', w').
+    """The teacher network as a function of images in [-1, 1], without gradient.
 
-    They are without gradient.
+    It answers with a vector (B, D) of each image, DINOv2's class token or the mean of the
+    convnet's features, and with maps of features (B, D, h', w').
     """
     if "convnet" in teacher:
         convnet = load_convnet(teacher, device).requires_grad_(False)
-        return torch.no_grad()(convnet.features)
+
+        @torch.no_grad()
+        def convnet_features(x):
+            maps = convnet.features(x)
+            return maps.mean((2, 3)), maps
+
+        return convnet_features
+
     dinov2 = DINOv2().to(device)
     load_weights(fetch("dinov2_vits14_pretrain.pth"), dinov2)
 
     @torch.no_grad()
-    def features(x):
+    def dinov2_features(x):
         x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return dinov2(x).transpose(1, 2).unflatten(2, (16, 16))
+        tokens = dinov2.tokens(x)  # (B, 1 + 256, D)
+        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
 
-    return features
+    return dinov2_features
+
+
+# k-means of a teacher network's features. Paper silent on the number of vectors: each image gives
+# one of its patches at random, or so many that there are 25 for each centre, and k-means sees at
+# most 256 for each.
+FEWEST_PER_CENTRE = 25
+MOST_PER_CENTRE = 256
 
 
 @torch.no_grad()
-def feature_centres(c, data, features, device, max_images=10000, patches=5):
-    """k-means centres (teacher_centres, D) of a few patch features of each of max_images images."""
+def feature_centres(c, data, features, device):
+    """Centres of the features of all training images, or of teacher_images of them, (n, D).
+
+    n = teacher_centres, if there are so many vectors. With teacher_by_class as VQGAN-LC: the mean
+    of each image's patches, an equal share of the centres for each class, stacked.
+    """
     g = torch.Generator().manual_seed(c.seed)
-    chosen = torch.randperm(len(data.train), generator=g)[:max_images]
-    patches = max(patches, 2 * c.teacher_centres // len(chosen))  # small data sets: more of each
+    n = len(data.train)
+    chosen = torch.randperm(n, generator=g)[: c.teacher_images or n]
+    patches = math.ceil(FEWEST_PER_CENTRE * c.teacher_centres / len(chosen))
     progress = Progress("teacher: features of image", len(chosen))
     vectors = []
     done = 0
     for images in stream_batches(data.train, chosen.split(100), device, c.image_size):
-        f = features(to_float(images, device)).float().flatten(2).transpose(1, 2)  # (B, T, D)
-        some = torch.randperm(f.shape[1], generator=g)[:patches]
-        vectors.append(f[:, some].flatten(0, 1))
+        _, maps = features(to_float(images, device))
+        f = maps.float().flatten(2).transpose(1, 2)  # (B, T, D)
+        if c.teacher_by_class:
+            f = f.mean(1, keepdim=True)  # (B, 1, D)
+        some = torch.rand(f.shape[:2], generator=g).argsort(1)[:, :patches]  # (B, patches)
+        vectors.append(f[torch.arange(len(f))[:, None], some].flatten(0, 1))
         done += len(images)
         progress.update(done)
     vectors = torch.cat(vectors)
+    if c.teacher_by_class:
+        labels = data.train_labels[chosen].to(device)
+        return class_centres(vectors, labels, c.teacher_centres).cpu()
+    most = MOST_PER_CENTRE * c.teacher_centres
+    if len(vectors) > most:
+        vectors = vectors[torch.randperm(len(vectors), generator=g)[:most].to(device)]
     return kmeans(vectors, min(c.teacher_centres, len(vectors))).cpu()
+
+
+def class_centres(vectors, labels, centres):
+    """VQGAN-LC's centres: k-means of the vectors (N, D) of each class, labels (N,), stacked."""
+    classes = labels.unique()
+    share = max(1, centres // len(classes))
+    stacked = []
+    for label in classes:
+        of_class = vectors[labels == label]
+        stacked.append(kmeans(of_class, min(share, len(of_class))))
+    return torch.cat(stacked)
 
 
 def split_teacher_spec(spec):
@@ -642,9 +684,10 @@ def train_tokenizer(run, lpips):
     teacher_hist = run.teacher["histogram"].to(device)
     # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed
     hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
-    use_hist = c.semantic == "global" and c.lambda_hist > 0
+    # a single semantic code has no similarities: the tokenizer is then a plain VQ-VAE
+    use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
     feature_network = None
-    if c.semantic == "local":
+    if c.semantic in ("fqgan", "vavae"):
         feature_network = load_feature_network(run.teacher, device)
 
     compile_networks(c, device, model.encoder, model.decoder, disc)
@@ -668,7 +711,6 @@ def train_tokenizer(run, lpips):
             optimizer.zero_grad()
             disc_optimizer.zero_grad()
             use_disc = c.lambda_adv > 0 and step >= c.adv_start
-            adv_weight = 0.0
             means = {}
 
             seed_step(c, step)
@@ -693,9 +735,9 @@ def train_tokenizer(run, lpips):
                         # disc itself, frozen: through ddp_disc this pass would prepare DDP for
                         # gradients that never come.
                         losses["adv"] = adversarial_loss(disc, recon)
-                        adv_weight = adversarial_weight(c, step, losses, model.last_layer)
                         losses["disc"] = discriminator_loss(ddp_disc, recon, x)
-                    loss = total_loss(c, losses, adv_weight)  # (13)
+                    weights = gradient_weights(c, step, losses, model)
+                    loss = total_loss(c, losses, weights)  # (13)
                 (loss / c.accumulate).backward()
                 if use_disc:
                     (losses["disc"] / c.accumulate).backward()
@@ -706,6 +748,7 @@ def train_tokenizer(run, lpips):
             means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
             if use_disc:
+                torch.nn.utils.clip_grad_norm_(disc.parameters(), limit)
                 disc_optimizer.step()
 
             stage.end_step(means)  # from here on stage.step is step + 1, the number of steps done
@@ -765,9 +808,8 @@ def train_generator(run, model):
     torch.manual_seed(c.seed)
     generator = GENERATORS[c.generator](c).to(device).train()
     betas = (0.9, 0.96)
-    optimizer = torch.optim.AdamW(
-        generator.parameters(), c.gen_lr, betas, weight_decay=c.gen_decay, fused=True
-    )
+    groups = decay_groups(generator, c.gen_decay)
+    optimizer = torch.optim.AdamW(groups, c.gen_lr, betas, fused=True)
     ema_model = copy.deepcopy(generator).requires_grad_(False)
     states = {"model": generator, "ema_model": ema_model, "optimizer": optimizer}
     compile_networks(c, device, *generator.blocks)
@@ -779,14 +821,18 @@ def train_generator(run, model):
 
     tokens = encode_training_set(run, model)  # (N, 2, h, w)
     labels = run.data.train_labels.to(device)
+    if c.flip:
+        tokens = torch.cat([tokens, encode_training_set(run, model, mirror=True)])
+        labels = labels.repeat(2)
     if c.generator == "xar" and stage.step == 0:
-        latents = model.to_latents(*tokens[:1000].unbind(1))
+        some = tokens[evenly_spaced(len(tokens), 5000)]
+        latents = model.to_latents(*some.unbind(1))
         for network in (generator, ema_model):
             network.latent_std.copy_(latents.std())
     loss_name = "flow" if c.generator == "xar" else "entropy"
     with stage:
         for step in range(stage.step, c.generator_steps):
-            schedule = (c.gen_warmup, c.gen_cooldown)
+            schedule = (c.gen_warmup, c.gen_cooldown, c.gen_lr_end)
             set_learning_rate(optimizer, learning_rate(step, stage.steps, c.gen_lr, *schedule))
             optimizer.zero_grad()
             means = {}
@@ -819,12 +865,22 @@ def train_generator(run, model):
     return ema_model.eval(), stage.figures()
 
 
-def encode_training_set(run, model):
-    """The tokens of all training images, int32 (N, 2, h, w) on the device."""
+def decay_groups(network, decay):
+    """AdamW's parameter groups: weight decay on matrices, none on vectors (biases)."""
+    matrices = [p for p in network.parameters() if p.dim() > 1]
+    vectors = [p for p in network.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def encode_training_set(run, model, mirror=False):
+    """The tokens of all training images, or of their mirror images, int32 (N, 2, h, w)."""
     n = len(run.data.train)
     share = math.ceil(n / WORLD_SIZE)  # of one size for each process
     index = torch.arange(RANK, share * WORLD_SIZE, WORLD_SIZE) % n
-    tokens = encode_all(model, run.data.train, index, run.device).to(run.device)
+    tokens = encode_all(model, run.data.train, index, run.device, mirror).to(run.device)
     if WORLD_SIZE == 1:
         return tokens
     shares = [torch.empty_like(tokens) for _ in range(WORLD_SIZE)]

@@ -458,8 +458,12 @@ Data = namedtuple("Data", "train train_labels val val_labels classes")
 Images = namedtuple("Images", "name items labels classes")  # name: for messages
 
 
-def load_data(spec, size, seed=0):
-    """A data SPEC -> Data, every image size x size."""
+def load_data(spec, size, seed=0, decode_later=False):
+    """A data SPEC -> Data, every image size x size.
+
+    decode_later: the images of a folder or an .npz stay as they came, even if they would fit into
+    memory, so that stream_batches can take crops of whole pictures.
+    """
     if spec == "shapes":
         train = draw_shapes(20000, size, seed)
         val = draw_shapes(1000, size, seed + 1)
@@ -470,10 +474,10 @@ def load_data(spec, size, seed=0):
     path = Path(spec)
     for name in ("val", "test"):
         if (path / "train").is_dir() and (path / name).is_dir():
-            train = read_all(list_images(path / "train"), size)
+            train = read_all(list_images(path / "train"), size, decode_later)
             val = read_all(list_images(path / name, train.classes), size)
             return Data(train.items, train.labels, val.items, val.labels, train.classes)
-    return hold_out(read_all(list_images(path), size))
+    return hold_out(read_all(list_images(path), size, decode_later))
 
 
 def hold_out(images):
@@ -587,10 +591,10 @@ def read_cifar10(path, size):
 Loaded = namedtuple("Loaded", "image resized problem")
 
 
-def load_image(item, size=None):
+def load_image(item, size=None, crop=None):
     """A file or an array (H, W, 3) -> Loaded. Photographs are turned upright.
 
-    If size is given: the largest centred square, resized bicubically with antialiasing.
+    If size is given: a square of it, size x size; see crop_and_resize.
     """
     try:
         if isinstance(item, np.ndarray):
@@ -599,13 +603,38 @@ def load_image(item, size=None):
             with Image.open(item) as file:
                 picture = to_rgb(ImageOps.exif_transpose(file))
         resized = size is not None and picture.size != (size, size)
-        if resized:
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        if resized or crop is not None:
+            picture = crop_and_resize(picture, size, crop)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return Loaded(image, resized, None)
     # These are what PIL's decoders raise on broken files.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Loaded(None, False, f"{item} ({one_line(error)})")
+
+
+def crop_and_resize(picture, size, crop=None):
+    """A square of a PIL picture, size x size.
+
+    crop: (share, x, y), numbers in [0, 1]: the square's side as a share of the short side, and
+    where it lies between left and right, top and bottom. None: the largest square, in the middle.
+
+    The picture is shrunk as those of ADM's evaluator were, since FID sees the difference: halved
+    by a box filter while it is twice too large, then bicubically (with antialiasing), then cropped.
+    """
+    share, x, y = (1.0, 0.5, 0.5) if crop is None else crop
+    short = round(size / share)  # of the shrunk picture; `size` is a share `share` of it
+    width, height = picture.size
+    while min(width, height) >= 2 * short:
+        width //= 2
+        height //= 2
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+    scale = short / min(width, height)
+    width = round(width * scale)
+    height = round(height * scale)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left = int(x * (width - size))
+    top = int(y * (height - size))
+    return picture.crop((left, top, left + size, top + size))
 
 
 def to_rgb(picture):
@@ -651,14 +680,15 @@ def read_images(name, items, tolerated=0.0):
         yield i, loaded.image
 
 
-def read_all(images, size):
+def read_all(images, size, decode_later=False):
     """Images not yet read -> Images, uint8 (N, 3, size, size); unread if that is too large.
 
-    Up to 1 % unreadable ones are left out. Of a set that is too large a hundred are looked at, to
-    meet errors early; it comes back as it is, and decode_batch will meet the rest.
+    Up to 1 % unreadable ones are left out. Of a set that is too large, or to be decoded later, a
+    hundred are looked at, to meet errors early; it comes back as it is, and decode_batch will meet
+    the rest.
     """
     n = len(images.items)
-    fits = n * 3 * size * size <= memory_budget()
+    fits = not decode_later and n * 3 * size * size <= memory_budget()
     items = images.items if fits else images.items[:: n // 100 + 1]
     pixels = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
     readable = []
@@ -695,18 +725,30 @@ def memory_budget():
     return min(host, torch.cuda.mem_get_info()[0] // 4)
 
 
-def stream_batches(images, batches, device, size):
+def stream_batches(images, batches, device, size, crops=None):
     """Yield images[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
 
-    What is not in memory is decoded ahead, by worker processes.
+    What is not in memory is decoded ahead, by worker processes. crops: for each batch the squares
+    (B, 3) of crop_and_resize; without them they are the middle ones.
     """
+    crops = itertools.repeat(None) if crops is None else crops
     if torch.is_tensor(images):
-        for index in batches:
-            yield images[index].to(device, non_blocking=True)
+        for index, crop in zip(batches, crops):
+            batch = images[index]
+            if crop is not None:
+                arrays = batch.permute(0, 2, 3, 1).cpu().numpy()
+                batch = decode_batch(list(zip(arrays, crop.tolist())), size)
+            yield batch.to(device, non_blocking=True)
         return
+
+    def requests():
+        for index, crop in zip(batches, crops):
+            squares = [None] * len(index) if crop is None else crop.tolist()
+            yield list(zip(index.tolist(), squares))
+
     loader = torch.utils.data.DataLoader(
-        images,
-        batch_sampler=(index.tolist() for index in batches),
+        Requested(images),
+        batch_sampler=requests(),
         collate_fn=functools.partial(decode_batch, size=size),
         num_workers=max(1, os.cpu_count() // LOCAL_WORLD_SIZE),
         worker_init_fn=ignore_ctrl_c,
@@ -725,11 +767,25 @@ def ignore_ctrl_c(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def decode_batch(items, size):
-    """Files or arrays -> uint8 (B, 3, size, size). Grey stands in for one that cannot be read."""
-    batch = torch.full((len(items), 3, size, size), 128, dtype=torch.uint8)
-    for i, item in enumerate(items):
-        loaded = load_image(item, size)
+class Requested(torch.utils.data.Dataset):
+    """Items for a DataLoader that asks for them by (position, crop)."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __getitem__(self, request):
+        i, crop = request
+        return self.items[i], crop
+
+
+def decode_batch(requests, size):
+    """Pairs of a file or array and its crop, or None -> uint8 (B, 3, size, size).
+
+    Grey stands in for one that cannot be read.
+    """
+    batch = torch.full((len(requests), 3, size, size), 128, dtype=torch.uint8)
+    for i, (item, crop) in enumerate(requests):
+        loaded = load_image(item, size, crop)
         if loaded.problem:
             note(f"cannot read {loaded.problem}: grey stands in for it")
         else:

@@ -141,6 +141,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
     revive_every: int = setting(20, "steps between revivals of unused visual codes; 0: never")
     flip: int = setting(1, "1: mirror half of the training images", 0, 1)
+    crop: float = setting(1.0, "smallest random crop (tokenizer), share of the short side", 0.1, 1)
     accumulate: int = setting(1, "micro-batches of a process's batch, to save memory", 1)
     compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
     precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
@@ -277,6 +278,7 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     disc_lr=2e-4,
     warmup=0,
     cooldown=0.0,
+    crop=0.8,
     eval_images=50000,
     save_every=2000,
     # xAR-B as released. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,

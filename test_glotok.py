@@ -3505,12 +3505,120 @@ def test_a_streamed_file_that_cannot_be_read_is_named_and_grey(tmp_path, capsys)
     save_pictures(tmp_path, 3)
     files = sorted(tmp_path.iterdir())
     files[1].write_bytes(b"no picture")
-    images = fid.decode_batch(files, 16)
+    images = fid.decode_batch([(file, None) for file in files], 16)
     assert files[1].name in capsys.readouterr().err
     assert images.shape == (3, 3, 16, 16)
     assert (images[1] == 128).all()
     assert images[0].float().std() > 0
     assert images[2].float().std() > 0
+
+
+# ---- crops
+
+
+def gradient_picture(width, height):
+    """A picture whose red is its column and whose green is its row, in pixels."""
+    column, row = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([column, row, 0 * row], axis=2).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    "crop, left, top, side",
+    [
+        (None, 40, 0, 100),
+        ((1.0, 0.5, 0.5), 40, 0, 100),
+        ((1.0, 0.0, 0.9), 0, 0, 100),
+        ((0.8, 0.0, 0.0), 0, 0, 80),
+        ((0.8, 1.0, 1.0), 100, 20, 80),
+        ((0.8, 0.25, 0.5), 25, 10, 80),
+    ],
+)
+def test_a_crop_is_a_square_of_that_share_at_that_place(crop, left, top, side):
+    size = 50
+    found = np.array(fid.crop_and_resize(gradient_picture(180, 100), size, crop)).astype(float)
+    assert found.shape == (size, size, 3)
+    # Pixel k covers side / size pixels of the picture; the ramp's mean there is at their middle.
+    middles = (np.arange(size) + 0.5) * side / size - 0.5
+    inside = slice(3, -3)  # at the picture's edge bicubic interpolation bends the ramp
+    np.testing.assert_allclose(found[10, inside, 0], (left + middles)[inside], atol=1.6)
+    np.testing.assert_allclose(found[inside, 10, 1], (top + middles)[inside], atol=1.6)
+
+
+def test_large_pictures_are_halved_by_a_box_filter_first():
+    """As ADM's evaluator: stripes of 2 pixels, 4 times too large, average to grey."""
+    pixels = np.zeros((128, 192, 3), np.uint8)
+    pixels[:, ::2] = 255
+    found = np.array(fid.crop_and_resize(Image.fromarray(pixels), 32))
+    assert found.min() >= 127
+    assert found.max() <= 128
+
+    # 96 is halved once, to 48, which is not twice 32; then bicubically
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (96, 144, 3)).astype(np.uint8)
+    boxes = pixels.reshape(48, 2, 72, 2, 3).mean((1, 3))
+    halved = Image.fromarray((boxes + 0.5).astype(np.uint8))
+    expected = np.array(halved.resize((48, 32), Image.Resampling.BICUBIC))[:, 8:40]
+    found = np.array(fid.crop_and_resize(Image.fromarray(pixels), 32))
+    np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=2)
+
+
+def test_random_crops_stay_within_their_bounds():
+    c = replace(TINY, crop=0.8, batch_size=2000)
+    crops = train.random_crops(c, 3)
+    share, x, y = crops.T
+    assert 0.8 <= share.min() < 0.81
+    assert 0.99 < share.max() <= 1
+    for place in (x, y):
+        assert 0 <= place.min() < 0.01
+        assert 0.99 < place.max() <= 1
+    assert abs(torch.corrcoef(crops.T) - torch.eye(3)).max() < 0.1
+    assert torch.equal(train.random_crops(c, 3), crops)  # a function of the step
+    assert not torch.equal(train.random_crops(c, 4), crops)
+    for crop in crops[:200].tolist():  # never beyond the picture
+        found = np.array(fid.crop_and_resize(gradient_picture(90, 60), 16, crop))
+        assert found[:, :, 2].max() == 0
+        assert found.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_are_cropped_as_asked(in_memory, tmp_path):
+    pictures = [gradient_picture(32, 32), gradient_picture(32, 32).rotate(90)]
+    if in_memory:
+        items = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    else:
+        items = [tmp_path / f"{i}.png" for i in range(2)]
+        for path, picture in zip(items, pictures):
+            picture.save(path)
+    index = torch.tensor([1, 0])
+    squares = torch.tensor([[0.5, 0.25, 1.0], [0.8, 0.0, 0.5]])
+    device = torch.device("cpu")
+    [found] = list(fid.stream_batches(items, [index], device, 32, [squares]))
+    for image, i, square in zip(found, index, squares.tolist()):
+        expected = np.array(fid.crop_and_resize(pictures[i], 32, square))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("data", ["folder", "array"])
+def test_training_on_crops_resumes_and_decodes_whole_pictures(data, tmp_path, run_command):
+    if data == "folder":
+        for k in range(2):
+            save_pictures(tmp_path / "data" / f"class{k}", 10, size=40, seed=k)
+        spec = tmp_path / "data"
+    else:
+        spec = tmp_path / "data.npz"
+        images, labels = fid.draw_shapes(20, 16, 0)
+        np.savez(spec, images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    flags = [*FLAGS, "--data", spec, "--stage", "tokenizer", "--crop", 0.6, "--cooldown", 0]
+    whole = tmp_path / "whole"
+    halves = tmp_path / "halves"
+    result = run_command(train, *flags, "--tokenizer_steps", 8, "--out", whole)
+    assert result.status == 0, result.err
+    assert "by worker processes" in result.err
+    assert run_command(train, *flags, "--tokenizer_steps", 3, "--out", halves).status == 0
+    resumed = ["--resume", "--tokenizer_steps", 8, "--stage", "tokenizer", "--out", halves]
+    assert run_command(train, *resumed).status == 0
+    assert_same_weights(whole, halves, "tokenizer")
 
 
 # ---- precision and compilation
@@ -4304,7 +4412,7 @@ def test_odd_pictures_are_trained_on(name, run_command, tmp_path):
 def test_16_bits_are_scaled_not_clipped(tmp_path):
     path = tmp_path / "deep.png"
     path.write_bytes(ODD_PICTURES["deep.png"])
-    picture = fid.decode_batch([path], 16)[0].numpy()
+    picture = fid.decode_batch([(path, None)], 16)[0].numpy()
     assert np.abs(picture - deep_pixels() / 257).max() <= 1  # 65535 / 257 = 255
 
 

@@ -231,9 +231,16 @@ def batch_indices(n, batch_size, step, seed):
     return torch.cat(parts)
 
 
-def seed_step(c, step):
+def step_seed(c, step):
     """Every random choice of a step depends on the step alone, so that a run can resume."""
-    torch.manual_seed(c.seed + 1_000_003 * (step + 1))
+    return c.seed + 1_000_003 * (step + 1)
+
+
+def random_crops(c, step):
+    """The squares that the step's images are cropped to, (batch_size, 3), as crop_and_resize's."""
+    crops = torch.rand(c.batch_size, 3, generator=torch.Generator().manual_seed(step_seed(c, step)))
+    crops[:, 0] = c.crop + (1 - c.crop) * crops[:, 0]
+    return crops
 
 
 def autocast(c, device):
@@ -696,12 +703,7 @@ def train_tokenizer(run, lpips):
     stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size)
     keep_counts_in_process_0(model)
     announce("tokenizer", model, c, device)
-    n = len(run.data.train)
-    indices = (
-        own_share(batch_indices(n, c.batch_size, step, c.seed))
-        for step in range(stage.step, c.tokenizer_steps)
-    )
-    batches = stream_batches(run.data.train, indices, device, c.image_size)
+    batches = training_batches(run, range(stage.step, c.tokenizer_steps))
     with stage:
         for step, images in enumerate(batches, stage.step):
             schedule = (c.warmup, c.cooldown)
@@ -713,7 +715,7 @@ def train_tokenizer(run, lpips):
             use_disc = c.lambda_adv > 0 and step >= c.adv_start
             means = {}
 
-            seed_step(c, step)
+            torch.manual_seed(step_seed(c, step))
             mirror = own_share(torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2)
             for k, (part, flip) in enumerate(micro_batches(c, images, mirror)):
                 x = mirrored(to_float(part, device), flip)
@@ -766,6 +768,17 @@ def train_tokenizer(run, lpips):
             if stage.stopping:
                 stage.stop()
     return model.eval(), hist_before, stage.figures()
+
+
+def training_batches(run, steps):
+    """This process's share of the images of each of the steps: an iterator of (B, 3, H, W)."""
+    c = run.config
+    n = len(run.data.train)
+    indices = (own_share(batch_indices(n, c.batch_size, step, c.seed)) for step in steps)
+    crops = None
+    if c.crop < 1:
+        crops = (own_share(random_crops(c, step)) for step in steps)
+    return stream_batches(run.data.train, indices, run.device, c.image_size, crops)
 
 
 def reset_usage_counts(model):
@@ -837,7 +850,7 @@ def train_generator(run, model):
             optimizer.zero_grad()
             means = {}
 
-            seed_step(c, step)
+            torch.manual_seed(step_seed(c, step))
             index = own_share(batch_indices(len(tokens), c.gen_batch, step, c.seed))
             draws = [own_share(x) for x in generator.draw(c.gen_batch, device)]
             for k, (i, *part_draws) in enumerate(micro_batches(c, index, *draws)):
@@ -932,7 +945,7 @@ def check_fits(args, c):
 def train(args, c, device):
     """Data, teacher, tokenizer, generator; figures and pictures into the run folder."""
     start = time.monotonic()
-    data = load_data(c.data, c.image_size, c.seed)
+    data = load_data(c.data, c.image_size, c.seed, decode_later=c.crop < 1)
     c = make_config({**asdict(c), "classes": len(data.classes)})
     in_memory = torch.is_tensor(data.train)
     if in_memory:

@@ -55,6 +55,10 @@ def setting(default, text, low=0, high=1e9):
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
+# Channels of the features of the networks that can be teachers.
+TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of models, losses and training. The defaults are preset "shapes".
@@ -79,7 +83,7 @@ class Config:
     adapter_layers: int = setting(0, "transformer layers of an adapter; 0: one linear map", 0, 64)
     width: int = setting(64, "width of adapters and residual modules", 8, 8192)
     heads: int = setting(4, "attention heads in adapters and residual modules", 1, 128)
-    codes_sem: int = setting(256, "codes in the semantic codebook; 1: a VQ-VAE", 1, 2**20)
+    codes_sem: int = setting(256, "codes in the semantic codebook; 1: there is none", 1, 2**20)
     codes_vis: int = setting(768, "codes in the visual codebook", 2, 2**20)
     code_dim: int = setting(8, "dimension of a code vector", 2, 4096)
 
@@ -90,7 +94,7 @@ class Config:
     lambda_perceptual: float = setting(0.0, "weight of L_P, LPIPS")
     lambda_adv: float = setting(0.0, "weight of L_G, the adversarial loss")
     lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
-    lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01, in long runs)")
+    lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01)")
     lambda_coverage: float = setting(0.1, "weight of coverage, which keeps semantic codes in use")
     semantic: str = setting("global", "global: L_hist; or a rival's loss: fqgan, vavae; or none")
     lambda_contrastive: float = setting(0.5, "fqgan: weight of InfoNCE with the teacher")
@@ -252,10 +256,13 @@ CIFAR10 = Config(
     sampling_steps=40,
 )
 
-IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper points at them
+# Section 4.1; the code that the paper builds on where it is silent. Ours are lambda_coverage,
+# revive_every and adv_ramp.
+IMAGENET256 = Config(
     data="imagenet",
     teacher="dinov2",
     teacher_centres=4096,
+    teacher_by_class=1,  # section 3.3: as VQGAN-LC
     image_size=256,
     patch=1,
     channels=128,
@@ -269,8 +276,10 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     codes_vis=12288,
     lambda_quantize=1.0,
     lambda_hist=0.01,
+    lambda_coverage=0.1,
     lambda_perceptual=1.0,
     lambda_adv=0.5,
+    adv_ramp=2000,
     adv_adaptive=0,
     tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
     batch_size=240,
@@ -278,6 +287,7 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     disc_lr=2e-4,
     warmup=0,
     cooldown=0.0,
+    revive_every=20,
     crop=0.8,
     eval_images=50000,
     save_every=2000,
@@ -301,10 +311,17 @@ IMAGENET256 = Config(  # section 4.1; FQGAN's and VQGAN's code where the paper p
     sampling_steps=40,
 )
 
-IMAGENET256_2X = replace(IMAGENET256, codes_sem=16384, codes_vis=16384)
+IMAGENET256_2X = replace(
+    IMAGENET256,
+    teacher_centres=16384,
+    codes_sem=16384,
+    codes_vis=16384,
+)
 
-# FAR-B as released. (L: head_layers 4.) Table 2 has 415 M parameters in all its rows, the count for
-# codebooks of 2 x 16,384, FQGAN's and GloTok(2x)'s; with 4,096 and 12,288 codes it is 377 M.
+# FAR-B's sizes and training as released; README lists where our blocks differ. (L: gen_width 1280,
+# gen_layers 36, gen_heads 20, head_layers 4.) Table 2 gives 415 M parameters in all rows of FAR-B.
+# That fits two codebooks of 16,384, FQGAN's and GloTok(2x)'s: ours are 410 M, and would be 377 M
+# with 4,096 and 12,288 codes.
 IMAGENET256_FAR = replace(
     IMAGENET256_2X,
     generator="far",
@@ -779,9 +796,9 @@ class Block(nn.Module):
     """A pre-norm transformer block, (B, T, width) -> the same: attention, then a gated MLP.
 
     Dropout, for the generators, is applied to attention weights and to what either part adds.
-    xAR's blocks are conditional. Their condition (B, cells, width) scales, shifts and
-    gates the tokens of each cell (AdaLN), starting as the identity. Further keywords (rotary, mask,
-    cache, store) are those of Attention.forward.
+    xAR's blocks are conditional: a condition (B, cells, width) scales, shifts and gates the tokens
+    of each cell (AdaLN). Further keywords (rotary, mask, cache, store) are those of
+    Attention.forward.
     """
 
     def __init__(self, width, heads, conditional=False, dropout=0.0):
@@ -793,8 +810,6 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(hidden, width)
         if conditional:
             self.adaln = nn.Linear(width, 6 * width)
-            nn.init.zeros_(self.adaln.weight)
-            nn.init.zeros_(self.adaln.bias)
 
     def forward(self, x, condition=None, **attention):
         width = x.shape[-1:]  # what rms_norm normalises over
@@ -898,59 +913,72 @@ class GloTok(nn.Module):
         z = self.encoder(x).flatten(2).transpose(1, 2)  # (B, T, z_channels)
         return self.adapter_sem(z), self.adapter_vis(z)
 
-    def residuals(self, codes_sem, codes_vis):
+    def residuals(self, zhat_sem, zhat_vis):
         """Code vectors (B, T, d) -> Zres_sem, Zres_vis; zeros if there are no residual modules."""
         if not self.config.lambda_res:
-            return torch.zeros_like(codes_sem), torch.zeros_like(codes_vis)
-        res_sem = self.residual_sem(codes_sem).float()  # (8)
-        res_vis = self.residual_vis(codes_vis).float()  # (9)
-        return res_sem, res_vis
+            return torch.zeros_like(zhat_sem), torch.zeros_like(zhat_vis)
+        zres_sem = self.residual_sem(zhat_sem).float()  # (8)
+        zres_vis = self.residual_vis(zhat_vis).float()  # (9)
+        return zres_sem, zres_vis
+
+    def concatenate(self, sem, vis):
+        """Latents (B, T, d) each -> along channels, (B, 2 * code_dim, h, w)."""
+        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
+        side = self.config.grid_size
+        return z.unflatten(2, (side, side))
 
     def decode_latents(self, sem, vis):
         """Latents (B, T, d) each, after (11) and (12) -> images, not clipped."""
-        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
-        side = self.config.grid_size
-        return self.decoder(z.unflatten(2, (side, side))).float()
+        return self.decoder(self.concatenate(sem, vis)).float()
+
+    def decode_vectors(self, zhat_sem, zhat_vis):
+        """Code vectors (B, T, d) each -> images, not clipped."""
+        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
+        return self.decode_latents(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
 
     def forward(self, x, teacher_features=None):
         """Images -> reconstructions, losses. The training pass.
 
         losses is a dict of scalars: "quantize", L_Q of (1), and "residual", L_res of (10), each
-        summed over the two codebooks; "coverage" (section 2). The rivals (section 8) pass what a
-        teacher network sees in the images, a vector (B, D) of each and maps (B, D, h', w'), and
-        get their own losses too.
+        summed over the two codebooks; "coverage" (section 2); those of the rivals (section 8).
+        teacher_features, for the rivals only: a teacher network's vectors (B, D) and maps (B, D,
+        h', w') of the same images.
         """
-        c = self.config
         f_sem, f_vis = self.features(x)
-        z_sem, codes_sem, index_sem, quantize_sem = self.quantizer_sem(f_sem)
-        z_vis, codes_vis, _, quantize_vis = self.quantizer_vis(f_vis)
-        res_sem, res_vis = self.residuals(codes_sem, codes_vis)
+        z_sem, zhat_sem, index_sem, quantize_sem = self.quantizer_sem(f_sem)
+        z_vis, zhat_vis, _, quantize_vis = self.quantizer_vis(f_vis)
+        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
 
-        residual_sem = F.mse_loss(codes_sem + res_sem, z_sem.detach())  # (10)
-        residual_vis = F.mse_loss(codes_vis + res_vis, z_vis.detach())  # (10)
+        residual_sem = F.mse_loss(zhat_sem + zres_sem, z_sem.detach())  # (10)
+        residual_vis = F.mse_loss(zhat_vis + zres_vis, z_vis.detach())  # (10)
         losses = {
             "quantize": quantize_sem + quantize_vis,
             "residual": residual_sem + residual_vis,
         }
-        if c.lambda_coverage:
+        if self.config.lambda_coverage:
             losses["coverage"] = self.quantizer_sem.coverage_loss(z_sem, index_sem)
 
-        sem = straight_through(z_sem, codes_sem)
-        vis = straight_through(z_vis, codes_vis)
-        if c.semantic == "fqgan":
-            vectors, _ = teacher_features
-            losses["contrastive"] = contrastive_loss(self.semantic_head(sem), vectors)
-            if c.lambda_disentangle:
-                losses["disentangle"] = disentangle_loss(sem, vis)
-            if c.lambda_entropy:
-                entropy_sem = entropy_loss(z_sem, self.codebook_sem)
-                entropy_vis = entropy_loss(z_vis, self.codebook_vis)
-                losses["entropy"] = entropy_sem + entropy_vis
-        if c.semantic == "vavae":
+        sem = straight_through(z_sem, zhat_sem)
+        vis = straight_through(z_vis, zhat_vis)
+        if self.config.semantic == "fqgan":
+            losses |= self.fqgan_losses(z_sem, z_vis, sem, vis, teacher_features)
+        if self.config.semantic == "vavae":
             _, maps = teacher_features
             losses["vf"] = vf_loss(self.semantic_head(sem), maps)
-        recon = self.decode_latents(sem + res_sem, vis + res_vis)  # (12), (11)
+        recon = self.decode_latents(sem + zres_sem, vis + zres_vis)  # (12), (11)
         return recon, losses
+
+    def fqgan_losses(self, z_sem, z_vis, sem, vis, teacher_features):
+        """Unit features and straight-through codes, (B, T, d) each -> FQGAN's own losses."""
+        vectors, _ = teacher_features
+        losses = {"contrastive": contrastive_loss(self.semantic_head(sem), vectors)}
+        if self.config.lambda_disentangle:
+            losses["disentangle"] = disentangle_loss(sem, vis)
+        if self.config.lambda_entropy:
+            entropy_sem = entropy_loss(z_sem, self.codebook_sem)
+            entropy_vis = entropy_loss(z_vis, self.codebook_vis)
+            losses["entropy"] = entropy_sem + entropy_vis
+        return losses
 
     def encode(self, x):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
@@ -962,15 +990,13 @@ class GloTok(nn.Module):
 
     def decode(self, sem, vis):
         """Indices (B, h, w) each -> images: what forward reconstructs from the same indices."""
-        codes_sem, codes_vis = self.code_vectors(sem, vis)
-        res_sem, res_vis = self.residuals(codes_sem, codes_vis)
-        return self.decode_latents(codes_sem + res_sem, codes_vis + res_vis)  # (12), (11)
+        return self.decode_vectors(*self.code_vectors(sem, vis))
 
     def code_vectors(self, sem, vis):
         """Indices (B, h, w) each -> code vectors (B, T, d) each."""
-        codes_sem = F.embedding(sem.flatten(1), self.codebook_sem)
-        codes_vis = F.embedding(vis.flatten(1), self.codebook_vis)
-        return codes_sem, codes_vis
+        zhat_sem = F.embedding(sem.flatten(1), self.codebook_sem)
+        zhat_vis = F.embedding(vis.flatten(1), self.codebook_vis)
+        return zhat_sem, zhat_vis
 
     # What the generator learns (section 3.4): the features "obtained after vector quantization",
     # concatenated along channels. Paper silent: before or after (11) and (12). Before, unless
@@ -978,14 +1004,11 @@ class GloTok(nn.Module):
 
     def to_latents(self, sem, vis):
         """Indices (B, h, w) each -> what the generator learns, (B, 2 * code_dim, h, w)."""
-        sem, vis = self.code_vectors(sem, vis)  # (B, T, d) each
-        if self.config.latent_residual:
-            res_sem, res_vis = self.residuals(sem, vis)
-            sem = sem + res_sem  # (12)
-            vis = vis + res_vis  # (11)
-        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
-        side = self.config.grid_size
-        return z.unflatten(2, (side, side))
+        zhat_sem, zhat_vis = self.code_vectors(sem, vis)  # (B, T, d) each
+        if not self.config.latent_residual:
+            return self.concatenate(zhat_sem, zhat_vis)
+        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
+        return self.concatenate(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
 
     def from_latents(self, latents):
         """Generated latents (B, 2 * code_dim, h, w) -> images, not clipped."""
@@ -993,14 +1016,10 @@ class GloTok(nn.Module):
         if self.config.latent_residual:
             return self.decode_latents(sem, vis)
         if self.config.snap:
-            sem = F.embedding(
-                self.quantizer_sem.look_up(F.normalize(sem, dim=2)), self.codebook_sem
-            )
-            vis = F.embedding(
-                self.quantizer_vis.look_up(F.normalize(vis, dim=2)), self.codebook_vis
-            )
-        res_sem, res_vis = self.residuals(sem, vis)
-        return self.decode_latents(sem + res_sem, vis + res_vis)  # (12), (11)
+            index_sem = self.quantizer_sem.look_up(F.normalize(sem, dim=2))
+            index_vis = self.quantizer_vis.look_up(F.normalize(vis, dim=2))
+            sem, vis = self.code_vectors(index_sem, index_vis)
+        return self.decode_vectors(sem, vis)
 
     @property
     def last_layer(self):
@@ -1021,10 +1040,11 @@ class GloTok(nn.Module):
 #     L_VQGAN = l_R L_R + l_Q L_Q + l_P L_P + l_G L_G                                          (3)
 #     L       = L_VQGAN + l_res L_res + l_hist L_hist                                         (13)
 #
-# L_P is LPIPS (section 9). L_G = -mean D(xhat) with a patch discriminator D, which is trained at
-# the same time to tell x from xhat. D's own loss is the hinge: real patches above 1, false ones
-# below -1, no credit for more. Paper silent on all weights but l_res and l_hist, and on when D
-# enters: late, for an untrained D has nothing to teach, and its weight grows from 0.
+# L_P is LPIPS (section 9). L_G = -mean disc(xhat), with a patch discriminator that is trained at
+# the same time to tell x from xhat. Its own loss is the hinge: real patches above 1, fake ones
+# below -1, no credit for more. Paper silent on all weights but l_res and l_hist, and on when the
+# discriminator enters: late, since blurred pictures are too easily told from true ones to learn
+# from it. It then starts untrained, so its weight grows from 0.
 #
 # A training step (train.py, train_tokenizer) puts it together:
 #
@@ -1047,24 +1067,25 @@ def vqgan_loss(c, losses, weights):
 
     weights is gradient_weights's; weights["adv"] is l_G.
     """
-    loss = pixel_loss(c, losses) + c.lambda_quantize * losses["quantize"]  # (3)
+    loss = reconstruction_terms(c, losses) + c.lambda_quantize * losses["quantize"]  # (3)
     if "adv" in losses:
         loss = loss + weights["adv"] * losses["adv"]  # (3)
     return loss
 
 
-def pixel_loss(c, losses):
+def reconstruction_terms(c, losses):
     """The part of (3) that compares pictures, l_R L_R + l_P L_P."""
-    loss = c.lambda_recon * losses["recon"]
+    loss = c.lambda_recon * losses["recon"]  # (3)
     if "perceptual" in losses:
-        loss = loss + c.lambda_perceptual * losses["perceptual"]
+        loss = loss + c.lambda_perceptual * losses["perceptual"]  # (3)
     return loss
 
 
 def total_loss(c, losses, weights):
-    """L from its terms: vqgan_loss's, "residual" and, if they are on, all that follow.
+    """L from its terms: vqgan_loss's, "residual" and, if it is on, "hist".
 
-    weights is gradient_weights's.
+    Also, though not in (13), whatever is on of "coverage" and the rivals' losses. weights is
+    gradient_weights's.
     """
     loss = vqgan_loss(c, losses, weights) + c.lambda_res * losses["residual"]  # (13)
     if "hist" in losses:
@@ -1091,12 +1112,15 @@ def adversarial_loss(disc, recon):
 
 
 def discriminator_loss(disc, recon, x):
-    """D's own loss, the hinge, from images and reconstructions -> scalar. Moves D alone."""
+    """The hinge loss, from reconstructions and images -> scalar. Moves the discriminator alone."""
     return hinge_loss(disc(x), disc(recon.detach()))
 
 
 def hinge_loss(real, fake):
-    """Logits of D on real and reconstructed images -> scalar."""
+    """Logits of the discriminator on real and reconstructed images -> scalar.
+
+    (0.5 makes it a mean over the two kinds. FQGAN halves it once more.)
+    """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -1111,25 +1135,30 @@ def gradient_weights(c, step, losses, model):
 
 
 def adversarial_weight(c, step, losses, last_layer):
-    """l_G of a step from adv_start on, counted from 0: lambda_adv, which grows over adv_ramp steps.
+    """l_G at a step >= adv_start (steps count from 0): lambda_adv, growing over adv_ramp steps.
 
     With adv_adaptive times VQGAN's factor, which makes the gradient of L_G at the decoder's last
-    layer as large as that of the losses of pixels, L_R and L_P.
+    layer as large as that of L_R and L_P.
     """
     ramp = min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
     weight = c.lambda_adv * ramp
     if c.adv_adaptive:
-        weight = weight * gradient_ratio(pixel_loss(c, losses), losses["adv"], last_layer)
+        pictures = reconstruction_terms(c, losses)
+        weight = weight * gradient_ratio(pictures, losses["adv"], last_layer)
     return weight
 
 
 def vf_weight(c, losses, semantic_layer):
     """VA-VAE's weight of its loss: lambda_vf times the ratio of gradients at semantic_layer."""
-    return c.lambda_vf * gradient_ratio(pixel_loss(c, losses), losses["vf"], semantic_layer)
+    pictures = reconstruction_terms(c, losses)
+    return c.lambda_vf * gradient_ratio(pictures, losses["vf"], semantic_layer)
 
 
 def gradient_ratio(loss, other, weight):
-    """||d loss / d weight|| / ||d other / d weight||, at most 1e4 as in VQGAN; no gradient."""
+    """||d loss / d weight|| / ||d other / d weight||, without gradient.
+
+    As in VQGAN, 1e-4 is added below, and the ratio is at most 1e4.
+    """
     (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (other_grad,) = torch.autograd.grad(other, weight, retain_graph=True)
     return (grad.norm() / (other_grad.norm() + 1e-4)).clamp(max=1e4).detach()
@@ -1152,18 +1181,18 @@ def gradient_ratio(loss, other, weight):
 # dz/dt = v from noise at t = 1 down to t = 0 carries noise to data, since a flow with the mean
 # velocity moves the whole density as the lines do.
 #
-# The score comes free. For a fixed z_0, z_t is Gaussian with mean (1 - t) z_0 and deviation t, so
-# grad log p(z_t | z_0) = -(z_t - (1 - t) z_0) / t^2 = -eps / t. The score of the mixture over z_0
-# is the posterior mean of that. With E[eps | z_t] = z_t + (1 - t) v, which follows from the line
-# and from v = E[eps - z_0 | z_t],
+# The score comes free. For a fixed z_0, z_t is Gaussian with mean (1 - t) z_0 and standard
+# deviation t, so grad log p(z_t | z_0) = -(z_t - (1 - t) z_0) / t^2 = -eps / t. The score of the
+# mixture over z_0 is the posterior mean of that. With E[eps | z_t] = z_t + (1 - t) v, which follows
+# from the line and from v = E[eps - z_0 | z_t],
 #
 #     s = grad log p_t(z) = -E[eps | z_t] / t = -(z + (1 - t) v) / t.
 #
-# Noise in sampling. For any w >= 0 the noisy path dz = (v - w s / 2) dt + sqrt(w) dW, run
-# backwards in t, has the same densities at every t: what the noise spreads, the drift along the
-# score gathers. Fresh noise washes out the errors of earlier steps. Euler-Maruyama takes w = 2 t:
-# the drift v - t s = v + E[eps | z_t] then stays finite down to t = 0 though s does not, and the
-# noise fades as the picture is finished.
+# Noise in sampling. For any w >= 0 the noisy path dz = (v - w s / 2) dt + sqrt(w) dW, W Brownian
+# motion, run backwards in t (dt < 0), has the same densities at every t: what the noise spreads,
+# the drift along the score gathers. Fresh noise washes out the errors of earlier steps. xAR takes w
+# = 2 t: the drift v - t s = v + E[eps | z_t] then stays finite down to t = 0 though s does not, and
+# the noise fades as the picture is finished. Steps of finite length are Euler-Maruyama's.
 #
 # Exposure bias. Teacher forcing shows cell k the true cells before it; at sampling it sees its
 # own, imperfect ones. xAR noises every cell at its own t and lets cell k see the noisy ones: a
@@ -1171,9 +1200,9 @@ def gradient_ratio(loss, other, weight):
 # pass under a block-causal mask trains all cells. (At sampling the finished cells are shown at
 # t = 0, as in xAR, a level that the logit-normal draw of t hardly ever gives.)
 #
-# Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z): the difference of the
-# scores with and without label points to where the label is more certain. At each t we follow the
-# score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)). (These densities are not the
+# Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z) for a label y: the
+# difference of the scores with and without it points to where the label is more certain. At each t
+# we follow the score of p_t(z) p_t(y | z)^g, g the strength of guidance, which is s(z) + g (s(z | y) - s(z)). (These densities are not the
 # noised versions of p_0(z) p_0(y | z)^g, so the samples only lean that way.) Its weights 1 - g and
 # g add up to 1, and v is affine in s, so the same combination holds for v. One network gives both,
 # since a share of its labels is hidden in training. g = 1 is no guidance. xAR lets g grow linearly
@@ -1208,7 +1237,10 @@ def grid_positions(side):
 
 
 def timestep_embedding(t, width=256):
-    """Times t (...) in [0, 1] -> (..., width), waves of 1000 t; frequencies as above."""
+    """Times t (...) in [0, 1] -> (..., width), waves of 1000 t; frequencies as above.
+
+    (xAR's code takes floor(1000 t).)
+    """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     waves = 1000 * t[..., None] * frequencies
@@ -1254,7 +1286,7 @@ class XAR(nn.Module):
         self.register_buffer("latent_std", torch.ones(()))
 
     def initialise(self):
-        """As xAR's code: Xavier's weights, biases of 0. AdaLN starts as the identity."""
+        """As xAR's code: Xavier's weights, biases of 0. Ours, after DiT: AdaLN's weights are 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -1365,9 +1397,9 @@ class XAR(nn.Module):
 # ================================================================================================
 # 8. The rivals
 # ================================================================================================
-# Local supervision, what FQGAN and VA-VAE do instead of eq. (7): the semantic codes of an image are
-# to say what a pre-trained network says of that same image. The network runs in every step. What is
-# compared with what the teacher says:
+# Local supervision, what FQGAN and VA-VAE do instead of eq. (7): the semantic codes of an image
+# should predict a pre-trained network's features of that same image. The network runs in every
+# step. What each method compares with its teacher:
 #
 #     a token with its own target        VA-VAE's L_mcos    1 - 0.5 - cos(z'_i, f_i)
 #     the tokens inside one image        VA-VAE's L_mdms    |cos(z'_i, z'_j) - cos(f_i, f_j)| - 0.25
@@ -1377,9 +1409,8 @@ class XAR(nn.Module):
 # So GloTok is not the only relational one, but the only one whose relations leave the batch.
 #
 # Both rivals read the straight-through semantic codes: their gradient passes the quantizer to the
-# encoder. f is a teacher network's answer, without gradient.
-
-TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}  # channels D of their features
+# encoder. f are the teacher's features, without gradient, and D is their number of channels. What
+# keeps codes in use (section 2) stays on for every method, so that they differ in nothing else.
 
 
 # FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from
@@ -1437,9 +1468,9 @@ def contrastive_loss(prediction, target):
 #     q_b = softmax over codes c of -||z_b - c||^2 / 0.01,
 #     L_entropy = mean over b of H(q_b) - H(mean over b of q_b),
 #
-# each feature should be sure of its code, and all codes equally frequent. It keeps codes in use by
-# moving features and codes, chosen or not; so does coverage (section 2), which moves features alone
-# and whose memory does not grow with codes times features.
+# each feature should be sure of its code, and all codes equally frequent. This keeps codes in use
+# by moving features and codes, chosen or not. (FQGAN has no other remedy for unused codes:
+# --lambda_coverage 0 --revive_every 0.)
 
 
 def disentangle_loss(sem, vis):
@@ -1488,7 +1519,7 @@ def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
 
 
 class FAR(nn.Module):
-    """The rival of table 2, FQGAN's: a transformer that predicts the two indices of a position.
+    """FQGAN's generator, in table 2 trained on FQGAN's indices and on GloTok's.
 
     A causal transformer over the positions, row by row, gives each a context. A small head then
     predicts the position's two indices one after the other: visual first, then semantic. Trained
@@ -1510,12 +1541,13 @@ class FAR(nn.Module):
         self.proj_in = nn.Linear(2 * width, width)
         self.blocks = self.make_blocks(c.gen_layers)
         self.head = self.make_blocks(c.head_layers)
-        self.logits_sem = nn.Linear(width, c.codes_sem)
-        self.logits_vis = nn.Linear(width, c.codes_vis)
-        for proj in (self.logits_sem, self.logits_vis):  # at first all codes are equally likely
+        self.proj_sem = nn.Linear(width, c.codes_sem)
+        self.proj_vis = nn.Linear(width, c.codes_vis)
+        for proj in (self.proj_sem, self.proj_vis):  # at first all codes are equally likely
             nn.init.zeros_(proj.weight)
             nn.init.zeros_(proj.bias)
-        # Positions are rotary alone. In the head they are those of the two inputs, 0 and 1.
+        # Positions are rotary alone. Ours: an input bears the position that it predicts (FQGAN: its
+        # own), and the head's two inputs are at 0 and 1 (FQGAN: both at 0).
         head_width = width // c.gen_heads
         angles = rotary_angles(grid_positions(c.grid_size), head_width)
         head_angles = rotary_angles(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), head_width)
@@ -1548,20 +1580,22 @@ class FAR(nn.Module):
             x = block(x, rotary=self.angles[here], mask=mask, cache=cache, store=True)
         return x
 
-    def logits(self, context, vis=None):
-        """Contexts (N, width) -> [visual logits (N, codes_vis)].
-
-        With the visual indices vis (N,) also the semantic logits (N, codes_sem) given them.
-        """
-        x = [context]
-        if vis is not None:
-            x.append(self.embed_vis(vis))
-        n = len(x)
-        x = torch.stack(x, dim=1)  # (N, n, width)
+    def run_head(self, x):
+        """Inputs (N, n, width), n 1 or 2 -> outputs of the same shape, each of those up to it."""
+        n = x.shape[1]
         for block in self.head:
             x = block(x, rotary=self.head_angles[:n], mask=self.mask[:n, :n])
-        x = F.rms_norm(x, x.shape[-1:]).unbind(1)
-        return [proj(h).float() for proj, h in zip((self.logits_vis, self.logits_sem), x)]
+        return F.rms_norm(x, x.shape[-1:])
+
+    def visual_logits(self, context):
+        """Contexts (N, width) -> logits (N, codes_vis)."""
+        (out,) = self.run_head(context[:, None]).unbind(1)
+        return self.proj_vis(out).float()
+
+    def both_logits(self, context, vis):
+        """Contexts (N, width), visual indices (N,) -> the visual logits, the semantic given vis."""
+        first, second = self.run_head(torch.stack([context, self.embed_vis(vis)], dim=1)).unbind(1)
+        return self.proj_vis(first).float(), self.proj_sem(second).float()
 
     def draw(self, batch, device):
         """The random numbers of a training step: which labels to hide."""
@@ -1574,7 +1608,7 @@ class FAR(nn.Module):
         tokens = indices.flatten(2).transpose(1, 2).long()  # (B, T, 2)
         context = self.context(labels, tokens[:, :-1]).flatten(0, 1)  # (B * T, width)
         sem, vis = tokens.flatten(0, 1).unbind(1)  # (B * T,) each
-        logits_vis, logits_sem = self.logits(context, vis)
+        logits_vis, logits_sem = self.both_logits(context, vis)
         return (F.cross_entropy(logits_vis, vis) + F.cross_entropy(logits_sem, sem)) / 2
 
     forward = loss  # what DistributedDataParallel calls
@@ -1583,7 +1617,7 @@ class FAR(nn.Module):
     def sample(self, labels, steps=0, guidance=1.0):
         """Labels int64 (B,) -> indices. Among the config's top_k likeliest codes.
 
-        `steps` is XAR's and means nothing here. Chance comes from the global random generator.
+        `steps` is XAR's and means nothing here. Draws from the global random generator.
         """
         no_label = torch.full_like(labels, self.config.classes)
         both = torch.cat([labels, no_label])
@@ -1591,8 +1625,8 @@ class FAR(nn.Module):
         tokens = both.new_empty(len(both), 0, 2)
         for position in range(self.config.grid_size**2):
             context = self.context(both, tokens, position, caches)[:, -1]
-            vis = self.choose(self.logits(context)[0], guidance)
-            sem = self.choose(self.logits(context, vis)[1], guidance)
+            vis = self.choose(self.visual_logits(context), guidance)
+            sem = self.choose(self.both_logits(context, vis)[1], guidance)
             pair = torch.stack([sem, vis], dim=1)  # (2B, 2)
             tokens = torch.cat([tokens, pair[:, None]], dim=1)
         indices = tokens[: len(labels)].transpose(1, 2)  # (B, 2, T)
@@ -1811,13 +1845,13 @@ class DINOv2(nn.Module):
     def tokens(self, x):
         x = self.patch_embed["proj"]((x - self.mean) / self.std)  # (B, width, h, w)
         position_cls, position = self.pos_embed.split([1, self.GRID**2], dim=1)
-        grid = position.transpose(1, 2).unflatten(2, (self.GRID, self.GRID))  # (1, width, 37, 37)
-        if x.shape[2:] != grid.shape[2:]:
+        position = position.transpose(1, 2).unflatten(2, (self.GRID, self.GRID))
+        if x.shape[2:] != position.shape[2:]:
             # The published code passes factors, with 0.1 against rounding down, and they, not the
             # sizes, say where the points lie: point i at 37 (i + 0.5) / (side + 0.1) - 0.5.
             factors = [(side + 0.1) / self.GRID for side in x.shape[2:]]
-            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
-        x = (x + grid).flatten(2).transpose(1, 2)  # (B, h * w, width)
+            position = F.interpolate(position, scale_factor=factors, mode="bicubic")
+        x = (x + position).flatten(2).transpose(1, 2)  # (B, h * w, width)
         cls_token = (self.cls_token + position_cls).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, 1 + h * w, width)
         for block in self.blocks:
@@ -1830,21 +1864,16 @@ class DINOv2Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
         self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
-        qkv = nn.Linear(width, 3 * width)
-        self.attn = nn.ModuleDict({"qkv": qkv, "proj": nn.Linear(width, width)})
+        self.attn = Attention(width, heads)
         fc1 = nn.Linear(width, 4 * width)
         self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.ls1["gamma"] * self.attn["proj"](attended)
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
         return x + self.ls2["gamma"] * self.mlp["fc2"](hidden)
 
@@ -1890,16 +1919,17 @@ def kmeans(x, k, iterations=20):
     if len(x) < k:
         raise ValueError(f"k-means cannot place {k} centres among {len(x)} points")
     x = x.float()
-    centres = kmeans_start(x, k)
-    for _ in range(iterations):
-        chunks = x.split(max(1, 2**24 // k))  # at most 2^24 distances in memory
-        # |x - c|^2 = |x|^2 - (2 x.c - |c|^2): the nearest centre has the largest bracket
-        squared = centres.square().sum(1)
-        nearest = torch.cat([(2 * chunk @ centres.T - squared).argmax(1) for chunk in chunks])
-        count = torch.bincount(nearest, minlength=k)
-        total = torch.zeros_like(centres).index_add_(0, nearest, x)
-        mean = total / count.clamp(min=1)[:, None]
-        centres = torch.where(count[:, None] > 0, mean, centres)
+    with full_precision(x.device):
+        centres = kmeans_start(x, k)
+        for _ in range(iterations):
+            chunks = x.split(max(1, 2**24 // k))  # at most 2^24 distances in memory
+            # |x - c|^2 = |x|^2 - (2 x.c - |c|^2): the closest centre has the largest bracket
+            squared = centres.square().sum(1)
+            closest = torch.cat([(2 * chunk @ centres.T - squared).argmax(1) for chunk in chunks])
+            count = torch.bincount(closest, minlength=k)
+            total = torch.zeros_like(centres).index_add_(0, closest, x)
+            mean = total / count.clamp(min=1)[:, None]
+            centres = torch.where(count[:, None] > 0, mean, centres)
     return centres
 
 

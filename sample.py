@@ -452,7 +452,7 @@ CURVES = [
     ("tokenizer", "share of codes in use", "line", ["usage_sem", "usage_vis"]),
     ("tokenizer", "L_G and the discriminator's loss", "line", ["adv", "disc"]),
     ("generator", "flow matching (xar)", "log", ["flow"]),
-    ("generator", "cross-entropy (far), nats", "line", ["entropy"]),
+    ("generator", "cross-entropy (far), nats", "line", ["cross_entropy"]),
     ("tokenizer", "FQGAN's losses", "line", ["contrastive", "disentangle", "entropy"]),
     ("tokenizer", "VA-VAE's L_vf", "line", ["vf"]),
 ]
@@ -542,6 +542,8 @@ def probe(model, images, labels, n, device):
 # ================================================================================================
 # The protocol of VA-VAE: a random position of each image, its code vector normalised per channel,
 # t-SNE to the plane, a kernel density estimate at the points themselves, and how uneven that is.
+# VA-VAE's own script differs in three ways: it mirrors half of the images, normalises by the data
+# set's statistics instead of the sample's, and calls scikit-learn's t-SNE, approximate, from a PCA.
 #
 # t-SNE (van der Maaten and Hinton 2008), exact. p_ij says how probably i and j pick each other as
 # neighbours, Gaussian in their distance, each point with a width of its own that gives it

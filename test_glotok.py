@@ -236,7 +236,7 @@ def test_presets_have_the_papers_settings():
     assert c.tokenizer_steps == math.ceil(150 * 1281167 / 240)  # 150 epochs of ImageNet
 
     double = PRESETS["imagenet256-2x"]
-    assert double == replace(c, codes_sem=16384, codes_vis=16384)
+    assert double == replace(c, codes_sem=16384, codes_vis=16384, teacher_centres=16384)
 
     # xAR-B and FQGAN's adversarial loss as released
     assert (c.gen_width, c.gen_layers, c.gen_heads) == (768, 16, 12)
@@ -1879,9 +1879,9 @@ def test_fars_head_predicts_the_visual_index_first():
     far, _, _ = far_and_tokens()
     context = torch.randn(5, 16)
     indices = torch.arange(5)
-    (alone,) = far.logits(context)
-    vis, sem = far.logits(context, indices)
-    other_vis, other_sem = far.logits(context, indices + 1)
+    alone = far.visual_logits(context)
+    vis, sem = far.both_logits(context, indices)
+    other_vis, other_sem = far.both_logits(context, indices + 1)
     assert alone.shape == (5, TINY.codes_vis)
     assert sem.shape == (5, TINY.codes_sem)
     # The visual logits see no index, the semantic ones see the visual index.
@@ -1946,7 +1946,7 @@ def test_fars_loss_is_the_mean_negative_log_likelihood():
     for k in range(64):
         context = far.context(labels, tokens[:, :k])[:, -1]
         sem, vis = tokens[:, k].unbind(1)
-        logits_vis, logits_sem = far.logits(context, vis)
+        logits_vis, logits_sem = far.both_logits(context, vis)
         for b in range(3):
             total -= logits_sem[b].log_softmax(0)[sem[b]].item()
             total -= logits_vis[b].log_softmax(0)[vis[b]].item()
@@ -2013,8 +2013,8 @@ def test_fars_guidance_moves_away_from_the_answer_without_label(top_k, monkeypat
 
     no_label = torch.full_like(labels, TINY.classes)
     no_tokens = torch.zeros(3, 0, 2, dtype=torch.int64)
-    (with_label,) = far.logits(far.context(labels, no_tokens)[:, 0])
-    (without,) = far.logits(far.context(no_label, no_tokens)[:, 0])
+    with_label = far.visual_logits(far.context(labels, no_tokens)[:, 0])
+    without = far.visual_logits(far.context(no_label, no_tokens)[:, 0])
     guided = without + 2.5 * (with_label - without)
     expected = guided.softmax(1).sort(descending=True).values
     if top_k:
@@ -3938,7 +3938,7 @@ def test_the_rivals_train_resume_and_sample(
     rows = read_rows(whole)
     assert 0 < rows[0][loss] < math.log(8) + 2  # similarities lie in [-1, 1]
     assert "hist" not in rows[0]
-    assert rows[-1]["entropy"] < math.log(24)
+    assert rows[-1]["cross_entropy"] < math.log(24)
     result = run_command(sample, whole, "--n", 4, "--out", tmp_path / "x.npz")
     assert result.status == 0, result.err
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)

@@ -56,6 +56,7 @@ from glotok import (
     GENERATORS,
     LPIPS,
     PRESETS,
+    TEACHER_WIDTH,
     Config,
     ConvNet,
     DINOv2,
@@ -237,7 +238,7 @@ def step_seed(c, step):
 
 
 def random_crops(c, step):
-    """The squares that the step's images are cropped to, (batch_size, 3), as crop_and_resize's."""
+    """The squares that the step's images are cropped to, (batch_size, 3): see crop_and_resize."""
     crops = torch.rand(c.batch_size, 3, generator=torch.Generator().manual_seed(step_seed(c, step)))
     crops[:, 0] = c.crop + (1 - c.crop) * crops[:, 0]
     return crops
@@ -335,8 +336,8 @@ def add_to(means, losses, c):
 def make_teacher(c, data, device):
     """All that training needs of the teacher, a dict; made once.
 
-    "histogram" (bins,); "moments", the mean and the mean square of its cosines; "floor", the least
-    KL that the semantic codebook can reach; of a convnet also its weights and its number of
+    "histogram" (bins,); "moments", the mean and the mean square of its cosines; "floor", the KL
+    that free codes reach (histogram_floor); of a convnet also its weights and its number of
     classes. For the record: how many "vectors" there are, and the SHA-256 of a file.
     """
     teacher = describe_teacher(c, data, device)
@@ -358,7 +359,7 @@ def describe_teacher(c, data, device):
     if c.teacher == "convnet":
         teacher["convnet"] = train_convnet(c, data, device).state_dict()
         teacher["classes"] = len(data.classes)
-    if c.teacher in ("convnet", "dinov2"):
+    if c.teacher in TEACHER_WIDTH:
         vectors = feature_centres(c, data, load_feature_network(teacher, device), device)
     else:
         path, name = split_teacher_spec(c.teacher)
@@ -406,8 +407,8 @@ def mirrored(x, mirror):
 def load_feature_network(teacher, device):
     """The teacher network as a function of images in [-1, 1], without gradient.
 
-    It answers with a vector (B, D) of each image, DINOv2's class token or the mean of the
-    convnet's features, and with maps of features (B, D, h', w').
+    It gives a vector (B, D) of each image, DINOv2's class token or the mean of the convnet's
+    features, and maps of features (B, D, h', w').
     """
     if "convnet" in teacher:
         convnet = load_convnet(teacher, device).requires_grad_(False)
@@ -442,8 +443,8 @@ MOST_PER_CENTRE = 256
 def feature_centres(c, data, features, device):
     """Centres of the features of all training images, or of teacher_images of them, (n, D).
 
-    n = teacher_centres, if there are so many vectors. With teacher_by_class as VQGAN-LC: the mean
-    of each image's patches, an equal share of the centres for each class, stacked.
+    n = teacher_centres, or fewer in small data sets. With teacher_by_class as VQGAN-LC: the mean of
+    each image's patches, an equal share of the centres for each class, stacked.
     """
     g = torch.Generator().manual_seed(c.seed)
     n = len(data.train)
@@ -691,7 +692,7 @@ def train_tokenizer(run, lpips):
     teacher_hist = run.teacher["histogram"].to(device)
     # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed
     hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
-    # a single semantic code has no similarities: the tokenizer is then a plain VQ-VAE
+    # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
     feature_network = None
     if c.semantic in ("fqgan", "vavae"):
@@ -704,9 +705,9 @@ def train_tokenizer(run, lpips):
     keep_counts_in_process_0(model)
     announce("tokenizer", model, c, device)
     batches = training_batches(run, range(stage.step, c.tokenizer_steps))
+    schedule = (c.warmup, c.cooldown)
     with stage:
         for step, images in enumerate(batches, stage.step):
-            schedule = (c.warmup, c.cooldown)
             set_learning_rate(optimizer, learning_rate(step, stage.steps, c.lr, *schedule))
             disc_rate = learning_rate(step, stage.steps, c.disc_lr, *schedule)
             set_learning_rate(disc_optimizer, disc_rate)
@@ -743,8 +744,8 @@ def train_tokenizer(run, lpips):
                 (loss / c.accumulate).backward()
                 if use_disc:
                     (losses["disc"] / c.accumulate).backward()
-                losses["psnr"] = psnr(to_uint8(x), to_uint8(recon)).mean()
                 add_to(means, losses, c)
+                add_to(means, {"psnr": psnr(to_uint8(x), to_uint8(recon)).mean()}, c)
 
             limit = c.clip or torch.inf
             means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -842,10 +843,10 @@ def train_generator(run, model):
         latents = model.to_latents(*some.unbind(1))
         for network in (generator, ema_model):
             network.latent_std.copy_(latents.std())
-    loss_name = "flow" if c.generator == "xar" else "entropy"
+    loss_name = "flow" if c.generator == "xar" else "cross_entropy"
+    schedule = (c.gen_warmup, c.gen_cooldown, c.gen_lr_end)
     with stage:
         for step in range(stage.step, c.generator_steps):
-            schedule = (c.gen_warmup, c.gen_cooldown, c.gen_lr_end)
             set_learning_rate(optimizer, learning_rate(step, stage.steps, c.gen_lr, *schedule))
             optimizer.zero_grad()
             means = {}
@@ -857,7 +858,8 @@ def train_generator(run, model):
                 x = tokens[i]
                 if c.generator == "xar":
                     x = model.to_latents(*x.unbind(1))
-                set_gradient_sync(ddp_generator, on=k == c.accumulate - 1)
+                last = k == c.accumulate - 1
+                set_gradient_sync(ddp_generator, on=last)
                 with autocast(c, device):
                     loss = ddp_generator(x, labels[i], part_draws)
                 (loss / c.accumulate).backward()

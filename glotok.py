@@ -1190,9 +1190,9 @@ def gradient_ratio(loss, other, weight):
 #
 # Noise in sampling. For any w >= 0 the noisy path dz = (v - w s / 2) dt + sqrt(w) dW, W Brownian
 # motion, run backwards in t (dt < 0), has the same densities at every t: what the noise spreads,
-# the drift along the score gathers. Fresh noise washes out the errors of earlier steps. xAR takes w
-# = 2 t: the drift v - t s = v + E[eps | z_t] then stays finite down to t = 0 though s does not, and
-# the noise fades as the picture is finished. Steps of finite length are Euler-Maruyama's.
+# the drift along the score gathers. Fresh noise washes out the errors of earlier steps. With xAR's
+# choice, w = 2 t, the drift v - t s = v + E[eps | z_t] stays finite down to t = 0 though s does
+# not, and the noise fades as the picture is finished. Euler-Maruyama takes steps along it.
 #
 # Exposure bias. Teacher forcing shows cell k the true cells before it; at sampling it sees its
 # own, imperfect ones. xAR noises every cell at its own t and lets cell k see the noisy ones: a
@@ -1202,12 +1202,12 @@ def gradient_ratio(loss, other, weight):
 #
 # Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z) for a label y: the
 # difference of the scores with and without it points to where the label is more certain. At each t
-# we follow the score of p_t(z) p_t(y | z)^g, g the strength of guidance, which is s(z) + g (s(z | y) - s(z)). (These densities are not the
-# noised versions of p_0(z) p_0(y | z)^g, so the samples only lean that way.) Its weights 1 - g and
-# g add up to 1, and v is affine in s, so the same combination holds for v. One network gives both,
-# since a share of its labels is hidden in training. g = 1 is no guidance. xAR lets g grow linearly
-# over the cells, from 1 at the first: the first cells decide what the picture is, where guidance
-# costs variety; the later ones must fit to them.
+# we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
+# of guidance, and g = 1 is none. (These densities are not the noised versions of p_0(z) p_0(y |
+# z)^g, so the samples only lean that way.) Its weights 1 - g and g add up to 1, and v is affine in
+# s, so the same combination holds for v. One network gives both, since a share of its labels is
+# hidden in training. xAR lets g grow linearly over the cells, from 1 at the first: the first cells
+# decide what the picture is, where guidance costs variety; the later ones must fit to them.
 
 
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.

@@ -36,7 +36,7 @@ from fid import (
     Parser,
     Progress,
     cache_path,
-    frechet_distance,
+    compare,
     load_checkpoint,
     load_data,
     load_inception,
@@ -311,8 +311,9 @@ def generate(model, generator, labels, config, seed, first=0):
 # 3. What a finished run reports
 # ================================================================================================
 
-# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives
-Run = namedtuple("Run", "config out data teacher device")
+# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives;
+# weights: a file of the FID network, or None for the one in the cache
+Run = namedtuple("Run", "config out data teacher device weights")
 
 
 @torch.no_grad()
@@ -342,9 +343,10 @@ def report_tokenizer(run, model, hist_before, figures):
         "images": len(images),
         "device": device_name(run.device),
     }
-    rfid = fid_between(images, recon, run.device)
-    if rfid is not None:
-        metrics["rfid"] = rfid
+    distances = reconstruction_distances(images, recon, run.device, run.weights)
+    if distances:
+        metrics["rfid"] = distances["fid"]
+        metrics["kid"], _ = distances["kid"]  # without the deviation
     classify = load_classifier(run)
     if classify:  # does the teacher still see the same class?
         metrics["class_agreement"] = (classify(images) == classify(recon)).float().mean().item()
@@ -405,16 +407,24 @@ def load_classifier(run):
     return classify
 
 
-def fid_between(reference, images, device):
-    """FID of uint8 images (N, 3, H, W) twice; None, with a note, if the network is not there."""
+def reconstruction_distances(images, recon, device, weights=None):
+    """FID and KID of uint8 (N, 3, H, W) twice -> {"fid": value, "kid": (mean, deviation)}.
+
+    {}, with a note, if no file of weights is given and the published one is not in the cache.
+    """
     path = cache_path(INCEPTION_FILE)
-    if not path.exists():
-        note(f"FID is not measured, for {path} is not there; fid.py downloads it")
-        return None
-    net = load_inception(None, device)
-    one = measure("reference", reference.permute(0, 2, 3, 1).numpy(), net, device)
-    two = measure("images", images.permute(0, 2, 3, 1).numpy(), net, device)
-    return frechet_distance(one.mu, one.sigma, two.mu, two.sigma)
+    if weights is None and not path.exists():
+        note(
+            f"FID and KID are not measured, for {path} is not there: "
+            "fid.py downloads it, or give --weights FILE"
+        )
+        return {}
+    net = load_inception(weights, device)
+    originals = images.permute(0, 2, 3, 1).numpy()
+    copies = recon.permute(0, 2, 3, 1).numpy()
+    one = measure("held-out images", originals, net, device, ["features"])
+    two = measure("reconstructions", copies, net, device, ["features"])
+    return compare(one, two, ["fid", "kid"], device)
 
 
 def device_name(device):
@@ -675,6 +685,7 @@ def parse_arguments():
     )
     val = "held-out images of shapes, cifar10, a folder, or an .npz"
     add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
+    add("--weights", metavar="FILE", help="of --reconstruct's FID network, else the published one")
     add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
     add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
     add("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
@@ -690,6 +701,8 @@ def check_arguments(args):
     specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s]
     if len(specs) > 1:
         raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
+    if args.weights and not args.reconstruct:
+        raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
     if specs and args.out.suffix != ".png":
         raise BadInput(f"--out {args.out} must end in .png")
     if args.out.suffix not in (".png", ".npz"):
@@ -725,11 +738,11 @@ def command_reconstruct(args, config, device):
     val = read_val_set(model, args.reconstruct, config.eval_images, device)
     recon = decode_all(model, val.tokens, device)
     save_pairs(args.out, val.images, recon)
-    rfid = fid_between(val.images, recon, device)
+    distances = reconstruction_distances(val.images, recon, device, args.weights)
     message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
     message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
-    if rfid is not None:
-        message += f", FID {rfid:.3f}"
+    if distances:
+        message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
     print(message)
 
 

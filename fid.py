@@ -529,6 +529,12 @@ def load_inception(file, device):
 # ================================================================================================
 # 3. Measuring sets
 # ================================================================================================
+# Each image passes the network once. Means and covariances come from sums that grow batch by batch,
+#
+#     mu = sum x / N,        S = (sum x x^T - N mu mu^T) / (N - 1),
+#
+# so that memory does not grow with the number of images. Features (8 KB an image) and logits (4 KB)
+# are kept only for the measures that look at single images.
 
 Moments = namedtuple("Moments", "mu sigma")  # mean (d,) and covariance (d, d), float64
 
@@ -571,27 +577,26 @@ class RunningMoments:
     """Sums that give the Moments of vectors that come in batches (B, d)."""
 
     def __init__(self, d, device):
-        self.n = 0
         self.total = torch.zeros(d, dtype=torch.float64, device=device)
         self.outer = torch.zeros(d, d, dtype=torch.float64, device=device)
 
     def add(self, batch):
         batch = batch.double()
-        self.n += len(batch)
         self.total += batch.sum(0)
         self.outer.addmm_(batch.T, batch)
 
-    def moments(self):
-        sigma = (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
-        return Moments((self.total / self.n).cpu(), sigma.cpu())
+    def moments(self, n):
+        """Of the n vectors so far."""
+        sigma = (self.outer - torch.outer(self.total, self.total) / n) / (n - 1)
+        return Moments((self.total / n).cpu(), sigma.cpu())
 
 
 @torch.no_grad()
 def measure(name, items, net, device, each=(), skip_bad=False):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
 
-    Moments accumulate batch by batch. Of "features" and "logits" those named in `each` are kept for
-    each image, 8 and 4 KB: but for them memory does not grow with N. `name` is for messages.
+    Of "features" and "logits" those named in `each` are kept for each image, else None. `name` is
+    for messages.
     BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
     """
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
@@ -605,7 +610,10 @@ def measure(name, items, net, device, each=(), skip_bad=False):
 
     pooled = RunningMoments(2048, device)
     spatial = RunningMoments(2023, device)
-    kept = {"features": [], "logits": []}
+    # memory is taken when it is written to
+    features = torch.empty(len(items), 2048) if "features" in each else None
+    logits = torch.empty(len(items), 1008) if "logits" in each else None
+    n = 0
     numbered_images = read_images(name, items, tolerated=1 if skip_bad else 0)
     for _, group in itertools.groupby(numbered_images, batch_and_shape):
         images = torch.stack([image for _, image in group]).to(device)
@@ -614,19 +622,20 @@ def measure(name, items, net, device, each=(), skip_bad=False):
         pooled.add(batch_features)
         spatial.add(batch_spatial)
         if "features" in each:
-            kept["features"].append(batch_features.cpu())
+            features[n : n + len(images)] = batch_features
         if "logits" in each:
-            kept["logits"].append(batch_logits.cpu())
-    n = pooled.n
+            logits[n : n + len(images)] = batch_logits
+        n += len(images)
     if n < 2:
         raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
     if n < 2048:
         note(
             f"{name} has {n} images: below 2,048 FID and sFID are biased upward, badly; KID is not"
         )
-    features = torch.cat(kept["features"]) if kept["features"] else None
-    logits = torch.cat(kept["logits"]) if kept["logits"] else None
-    return Statistics(pooled.moments(), spatial.moments(), features, logits)
+    if n < len(items):  # unreadable ones were left out
+        features = None if features is None else features[:n]
+        logits = None if logits is None else logits[:n]
+    return Statistics(pooled.moments(n), spatial.moments(n), features, logits)
 
 
 def compare(reference, samples, wanted, device, split_size=None):

@@ -312,8 +312,8 @@ def generate(model, generator, labels, config, seed, first=0):
 # ================================================================================================
 
 # config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives;
-# weights: a file of the FID network, or None for the one in the cache
-Run = namedtuple("Run", "config out data teacher device weights")
+# inception: the FID network, or None
+Run = namedtuple("Run", "config out data teacher device inception")
 
 
 @torch.no_grad()
@@ -343,8 +343,8 @@ def report_tokenizer(run, model, hist_before, figures):
         "images": len(images),
         "device": device_name(run.device),
     }
-    distances = reconstruction_distances(images, recon, run.device, run.weights)
-    if distances:
+    if run.inception:
+        distances = reconstruction_distances(images, recon, run.inception, run.device)
         metrics["rfid"] = distances["fid"]
         metrics["kid"], _ = distances["kid"]  # without the deviation
     classify = load_classifier(run)
@@ -407,23 +407,28 @@ def load_classifier(run):
     return classify
 
 
-def reconstruction_distances(images, recon, device, weights=None):
-    """FID and KID of uint8 (N, 3, H, W) twice -> {"fid": value, "kid": (mean, deviation)}.
+def find_inception(weights, device):
+    """The FID network of the file `weights` or, if that is None, the published one in the cache.
 
-    {}, with a note, if no file of weights is given and the published one is not in the cache.
+    None, with a note, if it is not there.
     """
     path = cache_path(INCEPTION_FILE)
     if weights is None and not path.exists():
         note(
-            f"FID and KID are not measured, for {path} is not there: "
+            f"FID and KID will not be measured, for {path} is not there: "
             "fid.py downloads it, or give --weights FILE"
         )
-        return {}
-    net = load_inception(weights, device)
+        return None
+    return load_inception(weights, device)
+
+
+def reconstruction_distances(images, recon, inception, device):
+    """FID and KID of uint8 (N, 3, H, W) twice -> {"fid": value, "kid": (mean, deviation)}."""
+    inception = inception.to(device)
     originals = images.permute(0, 2, 3, 1).numpy()
     copies = recon.permute(0, 2, 3, 1).numpy()
-    one = measure("held-out images", originals, net, device, ["features"])
-    two = measure("reconstructions", copies, net, device, ["features"])
+    one = measure("held-out images", originals, inception, device, ["features"])
+    two = measure("reconstructions", copies, inception, device, ["features"])
     return compare(one, two, ["fid", "kid"], device)
 
 
@@ -734,14 +739,15 @@ def read_val_set(model, spec, n, device):
 
 
 def command_reconstruct(args, config, device):
+    inception = find_inception(args.weights, device)
     model = load_run(args.run, device)
     val = read_val_set(model, args.reconstruct, config.eval_images, device)
     recon = decode_all(model, val.tokens, device)
     save_pairs(args.out, val.images, recon)
-    distances = reconstruction_distances(val.images, recon, device, args.weights)
     message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
     message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
-    if distances:
+    if inception:
+        distances = reconstruction_distances(val.images, recon, inception, device)
         message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
     print(message)
 

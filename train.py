@@ -41,7 +41,6 @@ from fid import (
     fetch,
     load_checkpoint,
     load_data,
-    load_inception,
     load_states,
     load_weights,
     named_tensors,
@@ -78,6 +77,7 @@ from sample import (
     Run,
     draw_curves,
     encode_all,
+    find_inception,
     load_config,
     load_convnet,
     make_config,
@@ -899,8 +899,7 @@ def train(args, c, device):
     torch.manual_seed(c.seed)
     # What may fail for want of a file comes before anything is written.
     lpips = load_lpips(device) if c.lambda_perceptual else None
-    if args.weights and RANK == 0:
-        load_inception(args.weights, torch.device("cpu"))  # only to see that it can be read
+    inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
 
     with contextlib.ExitStack() as stack:
         if RANK == 0:
@@ -918,7 +917,7 @@ def train(args, c, device):
         if WORLD_SIZE > 1:
             dist.barrier()  # the others wait for the teacher
         teacher = load_teacher(args.out, c)
-        run = Run(c, args.out, data, teacher, device, args.weights)
+        run = Run(c, args.out, data, teacher, device, inception)
 
         metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
         model, hist_before, figures = train_tokenizer(run, lpips)  # only read if it is complete

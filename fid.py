@@ -1,18 +1,35 @@
-"""Read images from anywhere, and measure them: FID, Inception Score, PSNR.
+"""How far apart two sets of images are: the measures of the field's evaluator, and KID and PSNR.
 
-    python fid.py REFERENCE SAMPLES                               # see below
+    python fid.py REFERENCE SAMPLES                               # every measure
+    python fid.py REFERENCE SAMPLES --only fid kid                # some
     python fid.py cifar10 samples.npz --save-stats cifar10.npz    # keep the reference's statistics
     python fid.py cifar10.npz OTHER                               # and use them again
 
-REFERENCE and SAMPLES are each a folder of images, an .npz of images (first array uint8 (N, H, W,
-3)), an .npz of statistics (mu and sigma, as pytorch-fid and ADM's evaluator write them), or
-cifar10 or shapes, their training images.
+    line              what it asks                          what fools it
+    fid V             do the features of both sets have     few images raise it; so do JPEG and
+                      one mean and one covariance?          another resizer; memorising lowers it
+    sfid V            the same of spatial features: is      as FID
+                      everything in its place?
+    kid MEAN STD      FID's question, without bias from     JPEG, another resizer, memorising; few
+                      few images                            images make it noisy
+    is MEAN STD       is each sample of one clear class,    one good image a class; it never sees
+                      and are there many classes?           the reference
+    precision V       how many samples look real?           the same real image, again and again
+    recall V          how much of the real is covered?      rare bad samples far out, whose balls
+                      (both of features)                    are wide; memorising lifts both to 1
+    psnr V            how well is each pixel restored?      blur (only of pairs: --paired)
+
+Section 1 gives the formula of each. REFERENCE and SAMPLES are each a folder of images, an .npz of
+images (first array uint8 (N, H, W, 3)), an .npz of statistics (mu and sigma, as pytorch-fid writes
+them, with mu_s and sigma_s as ADM's evaluator does, maybe beside images arr_0), or cifar10 or
+shapes, their training images.
 
 This file needs torch, numpy and pillow, and no other file. Its sections:
 
-    1  the measures           frechet_distance, inception_score, psnr
+    1  the measures           frechet_distance, kernel_distance, inception_score,
+                              precision_recall, psnr
     2  the network            InceptionV3
-    3  measuring a set        measure
+    3  measuring sets         measure, compare
     4  images from anywhere   load_data, stream_batches; shapes, cifar10, folders, arrays
     5  files                  atomic writing, checked downloads, checkpoints
     6  the terminal           progress, one-line errors, main
@@ -53,9 +70,12 @@ class BadInput(ValueError):
 # ================================================================================================
 # 1. The measures
 # ================================================================================================
-# FID (Heusel et al. 2017) asks how far apart two sets of images lie in the eyes of a network. Take
-# the 2,048 pooled features of each image, think of each set as a Gaussian with mean mu and
-# covariance S, and measure the Frechet distance between the two:
+# All but PSNR see an image through a network: its 2,048 pooled features (sFID: 2,023 spatial ones;
+# the Inception Score: 1,008 logits). Only numbers of one protocol can be compared. Here it is that
+# of ADM's evaluator: the network of section 2, its resizing, the conventions below.
+#
+# FID (Heusel et al. 2017) takes each set of features for a Gaussian with mean mu and covariance S,
+# and measures the Frechet distance between the two:
 #
 #     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 #
@@ -64,9 +84,18 @@ class BadInput(ValueError):
 # R^T S_2 R (those of A B are those of B A), which is symmetric and positive semi-definite: the
 # trace of the root is the sum of their square roots. With S_1 = V L V^T take R = V L^(1/2).
 #
-# What fools FID: few images raise it, since the sampling error of mu and S counts as distance, the
-# more so at 2,048 images or fewer, where S is singular; another resizing or file format (JPEG!);
-# another network. Compare values of one protocol only. Here it is that of ADM's evaluator.
+# sFID (Nash et al. 2021) is the same distance of features that still know where they are.
+#
+# What fools both. The sampling error of mu and S counts as distance, so that N images give about
+#
+#     FID_N = FID_inf + b / N,        b > 0, another one for each model.
+#
+# So a FID of 2.1 on 10,000 images and one of 2.1 on 50,000 are two results: if the models have the
+# same b, the first number holds five times the bias, and its model is the better one. Half of the
+# images tell how large the bias is: FID_inf = 2 FID_N - FID_(N/2), nearly free of it (Chong and
+# Forsyth 2020 put a line through more points). At 2,048 images or fewer S is singular, and the bias
+# large. JPEG and another resizer count as distance, though no eye sees them. And copies of the
+# training set look like a perfect model.
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -82,22 +111,80 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, (shift + sigma1.trace() + sigma2.trace() - 2 * cross).item())
 
 
+# KID (Binkowski et al. 2018) is the squared maximum mean discrepancy between the two sets under a
+# cubic kernel, so that it compares means, covariances and third moments of the d = 2,048 features:
+#
+#     k(x, y) = (x.y / d + 1)^3
+#     KID = mean of k(x_i, x_j), i != j  +  mean of k(y_i, y_j), i != j  -  2 mean of k(x_i, y_j)
+#
+# Leaving the pairs i = j out makes it unbiased: below some 10,000 images it is the number to trust,
+# and it may come out below 0. As everybody does, mean and deviation of 100 subsets of 1,000 images
+# are given; they are torch-fidelity's subsets. What fools it: all that fools FID, but few images.
+
+
+def kernel_distance(features1, features2, subsets=100, size=1000):
+    """KID of features (n, d) and (m, d) -> mean and standard deviation over the subsets.
+
+    Computed in float64. Where there are fewer than `size` images the subsets are smaller, with a
+    note. BadInput if there are fewer than 2.
+    """
+    n = len(features1)
+    m = len(features2)
+    if min(n, m) < 2:
+        raise BadInput(f"KID takes at least 2 images in each set, and there are {n} and {m}")
+    if min(n, m) < size:
+        note(f"KID's subsets are of {min(n, m)} images, not {size}: there are {n} and {m}")
+        size = min(n, m)
+    features1 = torch.as_tensor(features1)
+    features2 = torch.as_tensor(features2)
+    rng = np.random.RandomState(2020)
+    progress = Progress("KID, subset", subsets)
+    distances = []
+    for i in range(subsets):
+        x = features1[rng.choice(n, size, replace=False)].double()
+        y = features2[rng.choice(m, size, replace=False)].double()
+        within = mean_of_pairs(cubic_kernel(x, x)) + mean_of_pairs(cubic_kernel(y, y))
+        distances.append(within - 2 * cubic_kernel(x, y).mean())
+        progress.update(i + 1)
+    distances = torch.stack(distances)
+    return distances.mean().item(), distances.std(correction=0).item()
+
+
+def cubic_kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_of_pairs(kernel):
+    """The mean of a matrix (n, n) without its diagonal."""
+    n = len(kernel)
+    return (kernel.sum() - kernel.trace()) / (n * (n - 1))
+
+
 # The Inception Score (Salimans et al. 2016) needs no reference. It is high if the network is sure
 # of each image and sees many kinds:
 #
 #     IS = exp(mean over x of KL(p(y|x) || p(y))),     p(y) = mean over x of p(y|x)
 #
-# What fools it: one perfect image for each class scores as well as a thousand. Images sorted by
-# class would make splits of few kinds, so we shuffle, with torch-fidelity's seed: the number is
-# torch-fidelity's (ADM's evaluator does not shuffle). Logits leave out the bias, as in both.
+# Logits leave out the bias, as in ADM's evaluator and torch-fidelity. These two split the images
+# differently: torch-fidelity shuffles and makes 10 parts, as we do, ADM's takes each 5,000 in file
+# order, and finds less in a file sorted by class, whose parts show few kinds. What fools it: one
+# perfect image for each class scores as well as a thousand; so do copies of the training set.
 
 
-def inception_score(logits, splits=10):
-    """Logits (N, 1008) -> mean and standard deviation over the splits."""
+def inception_score(logits, splits=10, split_size=None):
+    """Logits (N, 1008) -> mean and standard deviation over the splits.
+
+    The splits are shuffled, with torch-fidelity's seed; given a split_size, they are that many
+    images each, in order, as ADM's evaluator makes them of 5,000.
+    """
     n = len(logits)
-    splits = min(splits, n)
-    order = np.random.RandomState(2020).permutation(n)
-    bounds = [i * n // splits for i in range(1, splits)]
+    if split_size:
+        order = np.arange(n)
+        bounds = range(split_size, n, split_size)
+    else:
+        splits = min(splits, n)
+        order = np.random.RandomState(2020).permutation(n)
+        bounds = [i * n // splits for i in range(1, splits)]
     scores = []
     for index in np.split(order, bounds):
         p = torch.as_tensor(logits)[index].double().softmax(1)
@@ -105,6 +192,75 @@ def inception_score(logits, splits=10):
         scores.append(kl.mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+# Precision and recall (Kynkaanniemi et al. 2019) part what FID mixes: bad samples, and samples of
+# too few kinds. A set's manifold is the union of balls around its features, each as wide as the
+# distance to the k-th nearest other one of the set, k = 3:
+#
+#     precision = share of samples inside the reference's manifold
+#     recall    = share of the reference inside the samples' manifold
+#
+# What fools them: the numbers of images (more points, smaller balls), so compare at equal ones, as
+# ADM's 10,000 references and 50,000 samples; an outlier, whose ball is wide and covers much; copies
+# of the training set, which score 1 and 1.
+
+TILE = 2048  # rows and columns of the distances that are in memory at once
+
+
+def precision_recall(reference, samples, k=3):
+    """Features (n, d) and (m, d) -> precision, recall.
+
+    Exact, in float64; memory does not grow with n m. BadInput if n or m is not above k.
+    """
+    n = len(reference)
+    m = len(samples)
+    if min(n, m) <= k:
+        raise BadInput(f"precision and recall take more than {k} images a set, not {n} and {m}")
+    reference = torch.as_tensor(reference)
+    samples = torch.as_tensor(samples)
+    reference_radii = squared_radii(reference, k, "radii of the reference")
+    samples_radii = squared_radii(samples, k, "radii of the samples")
+    reference_inside = torch.zeros(n, dtype=torch.bool)
+    samples_inside = torch.zeros(m, dtype=torch.bool)
+    progress = Progress("precision and recall", n)
+    for rows in torch.arange(n).split(TILE):
+        for columns in torch.arange(m).split(TILE):
+            squared = squared_distances(reference[rows], samples[columns])
+            in_reference = squared <= reference_radii[rows, None]
+            in_samples = squared <= samples_radii[columns]
+            samples_inside[columns] |= in_reference.any(0).cpu()
+            reference_inside[rows] |= in_samples.any(1).cpu()
+        progress.update(rows[-1].item() + 1)
+    return samples_inside.double().mean().item(), reference_inside.double().mean().item()
+
+
+def squared_radii(features, k, what):
+    """The squared distance of each of features (n, d) to its k-th nearest other one -> (n,).
+
+    `what` is for the progress line.
+    """
+    progress = Progress(what, len(features))
+    radii = []
+    for rows in torch.arange(len(features)).split(TILE):
+        nearest = []
+        for columns in torch.arange(len(features)).split(TILE):
+            squared = squared_distances(features[rows], features[columns])
+            if rows[0] == columns[0]:
+                squared.fill_diagonal_(torch.inf)  # nobody is a neighbour of itself
+            nearest.append(squared.topk(min(k, len(columns)), largest=False).values)
+        radii.append(torch.cat(nearest, dim=1).kthvalue(k).values)
+        progress.update(rows[-1].item() + 1)
+    # A hair more, so that copies, whose distance is 0 but for rounding, lie in a ball of radius 0.
+    return torch.cat(radii) + 1e-12 * features.double().square().sum(1)
+
+
+def squared_distances(x, y):
+    """(n, d) and (m, d) -> (n, m), float64: in float32 the differences of close points drown."""
+    x = x.double()
+    y = y.double()
+    squares = x.square().sum(1, keepdim=True) + y.square().sum(1)
+    return torch.addmm(squares, x, y.T, alpha=-2)  # |x|^2 + |y|^2 - 2 x.y
 
 
 def psnr(x, y):
@@ -261,9 +417,11 @@ def max_pool(x):
 
 
 class InceptionV3(nn.Module):
-    """uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008).
+    """uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008), spatial (B, 2023).
 
-    Random until weights are loaded; see load_inception.
+    The spatial features, of sFID, are 7 channels at 17x17 places, in TensorFlow's order (height,
+    width, channel). Random until weights are loaded; see load_inception. Where the weights lack the
+    classifier, fc is None, and so are the logits.
     """
 
     def __init__(self):
@@ -305,12 +463,14 @@ class InceptionV3(nn.Module):
         x = self.Mixed_6b(x)
         x = self.Mixed_6c(x)
         x = self.Mixed_6d(x)
+        spatial = x[:, :7]  # of branch1x1, which comes first in the concatenation
         x = self.Mixed_6e(x)
         x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
         x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
         x = self.Mixed_7c(x)
         features = x.mean((2, 3))  # (B, 2048)
-        return features, F.linear(features, self.fc.weight)
+        logits = F.linear(features, self.fc.weight) if self.fc else None
+        return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
 
     def fold(self):
         """Merge every batch norm into its convolution: the same function, faster.
@@ -347,21 +507,56 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def load_inception(file, device):
-    """The published network, or the one in `file`, ready to measure; its batch norms folded."""
+    """The published network, or the one in `file`, ready to measure; its batch norms folded.
+
+    A file without fc.weight and fc.bias gives a network without classifier, for all but the
+    Inception Score. BadInput if the file is not such a network.
+    """
     net = InceptionV3()
     path = Path(file) if file else fetch(INCEPTION_FILE)
-    load_weights(path, net)
+    saved = load_checkpoint(path)
+    if isinstance(saved, dict) and not {"fc.weight", "fc.bias"} & saved.keys():
+        net.fc = None
+    load_states(path, {"": net}, {"": saved})
     if file and sha256(path) != PUBLISHED[INCEPTION_FILE].sha256:
-        note(f"{path} is not the published network: what it measures is not FID")
+        note(
+            f"{path} is not the published file: "
+            "its figures compare with others' only if it holds the same network"
+        )
     return net.fold().to(device)
 
 
 # ================================================================================================
-# 3. Measuring a set
+# 3. Measuring sets
 # ================================================================================================
+# Each image passes the network once. Means and covariances come from sums that grow batch by batch,
+#
+#     mu = sum x / N,        S = (sum x x^T - N mu mu^T) / (N - 1),
+#
+# so that memory does not grow with the number of images. Features (8 KB an image) and logits (4 KB)
+# are kept only for the measures that look at single images.
 
-# mean (2048,) and covariance (2048, 2048) of features, float64; logits (N, 1008) or None
-Statistics = namedtuple("Statistics", "mu sigma logits")
+Moments = namedtuple("Moments", "mu sigma")  # mean (d,) and covariance (d, d), float64
+
+# What the measures take of a set: Moments of its pooled and of its spatial features; the pooled
+# features float32 (N, 2048) and logits float32 (N, 1008) of each image. None: not known.
+Statistics = namedtuple("Statistics", "pooled spatial features logits")
+
+# One side of a comparison. name: for messages; items: files or an array uint8 (N, H, W, 3), or
+# None; known: the Statistics that came in a file.
+ImageSet = namedtuple("ImageSet", "name items known")
+NOTHING_KNOWN = Statistics(None, None, None, None)
+
+# measure, in the order of the output: the part of the Statistics that it takes, of both sets (the
+# Inception Score: of the samples alone)
+TAKES = {
+    "fid": "pooled",
+    "sfid": "spatial",
+    "kid": "features",
+    "is": "logits",
+    "precision": "features",
+    "recall": "features",
+}
 
 
 @contextlib.contextmanager
@@ -378,12 +573,31 @@ def full_float32():
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+class RunningMoments:
+    """Sums that give the Moments of vectors that come in batches (B, d)."""
+
+    def __init__(self, d, device):
+        self.total = torch.zeros(d, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(d, d, dtype=torch.float64, device=device)
+
+    def add(self, batch):
+        batch = batch.double()
+        self.total += batch.sum(0)
+        self.outer.addmm_(batch.T, batch)
+
+    def moments(self, n):
+        """Of the n vectors so far."""
+        sigma = (self.outer - torch.outer(self.total, self.total) / n) / (n - 1)
+        return Moments((self.total / n).cpu(), sigma.cpu())
+
+
 @torch.no_grad()
-def measure(name, items, net, device, skip_bad=False):
+def measure(name, items, net, device, each=(), skip_bad=False):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
 
-    Sums accumulate batch by batch, so memory does not grow with N but for the logits. `name` is
-    for messages. BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
+    Of "features" and "logits" those named in `each` are kept for each image, else None. `name` is
+    for messages.
+    BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
     """
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
     batch_size = 10 if device.type == "cpu" else 100
@@ -394,50 +608,149 @@ def measure(name, items, net, device, skip_bad=False):
         i, image = numbered_image
         return i // batch_size, image.shape
 
-    total = torch.zeros(2048, dtype=torch.float64)
-    outer = torch.zeros(2048, 2048, dtype=torch.float64)
-    logits = []
-    images = read_images(name, items, tolerated=1 if skip_bad else 0)
-    for _, group in itertools.groupby(images, batch_and_shape):
-        batch = torch.stack([image for _, image in group]).to(device)
+    pooled = RunningMoments(2048, device)
+    spatial = RunningMoments(2023, device)
+    # memory is taken when it is written to
+    features = torch.empty(len(items), 2048) if "features" in each else None
+    logits = torch.empty(len(items), 1008) if "logits" in each else None
+    n = 0
+    numbered_images = read_images(name, items, tolerated=1 if skip_bad else 0)
+    for _, group in itertools.groupby(numbered_images, batch_and_shape):
+        images = torch.stack([image for _, image in group]).to(device)
         with full_float32():
-            features, batch_logits = net(batch)
-        features = features.double().cpu()
-        total += features.sum(0)
-        outer += features.T @ features
-        logits.append(batch_logits.cpu())
-    n = sum(len(part) for part in logits)
+            batch_features, batch_logits, batch_spatial = net(images)
+        pooled.add(batch_features)
+        spatial.add(batch_spatial)
+        if "features" in each:
+            features[n : n + len(images)] = batch_features
+        if "logits" in each:
+            logits[n : n + len(images)] = batch_logits
+        n += len(images)
     if n < 2:
         raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
     if n < 2048:
-        note(f"{name} has {n} images: below 2,048 FID is biased upward, badly")
-    sigma = (outer - torch.outer(total, total) / n) / (n - 1)
-    return Statistics(total / n, sigma, torch.cat(logits))
+        note(
+            f"{name} has {n} images: below 2,048 FID and sFID are biased upward, badly; KID is not"
+        )
+    if n < len(items):  # unreadable ones were left out
+        features = None if features is None else features[:n]
+        logits = None if logits is None else logits[:n]
+    return Statistics(pooled.moments(n), spatial.moments(n), features, logits)
 
 
-def read_set(spec, want_images):
-    """What a command line names -> images (files, or an array (N, H, W, 3)) or Statistics.
+def compare(reference, samples, wanted, device, split_size=None):
+    """Statistics of two sets -> {measure: its value, or (mean, deviation)}, those of `wanted`.
 
-    An .npz that holds both, as ADM's do, gives its images if want_images: Inception Score and PSNR
-    need them. Else it gives its statistics.
+    Precision and recall are computed on the device. split_size: see inception_score.
+    """
+    figures = {}
+    if "fid" in wanted:
+        figures["fid"] = frechet_distance(*reference.pooled, *samples.pooled)
+    if "sfid" in wanted:
+        figures["sfid"] = frechet_distance(*reference.spatial, *samples.spatial)
+    if "kid" in wanted:
+        figures["kid"] = kernel_distance(reference.features, samples.features)
+    if "is" in wanted:
+        figures["is"] = inception_score(samples.logits, split_size=split_size)
+    names = [name for name in ("precision", "recall") if name in wanted]
+    if not names:
+        return figures
+
+    # 10,000 references, as in ADM's files; evenly spaced, for a folder comes sorted by class
+    n = len(reference.features)
+    at_most = min(n, 10000)
+    if at_most < n:
+        note(f"precision and recall take 10,000 of the {n} reference images, evenly spaced")
+    of_reference = reference.features[torch.arange(at_most) * n // at_most].to(device)
+    of_samples = samples.features.to(device)
+    fewest = min(at_most, len(of_samples))
+    if fewest > 3:
+        precision, recall = precision_recall(of_reference, of_samples)
+        both = {"precision": precision, "recall": recall}
+        figures |= {name: both[name] for name in names}
+    else:
+        leave_out(names, f"they take at least 4 images a set, and there are {fewest}")
+    return figures
+
+
+def read_set(spec):
+    """What a command line names -> ImageSet.
+
+    An .npz may hold statistics, images or both. If both, its statistics are believed to be those
+    of more images, as in ADM's reference files.
     """
     if spec in ("shapes", "cifar10"):
-        return load_data(spec, 32).train.permute(0, 2, 3, 1).numpy()
+        images = load_data(spec, 32).train
+        return ImageSet(spec, images.permute(0, 2, 3, 1).numpy(), NOTHING_KNOWN)
     path = Path(spec)
-    arrays = read_arrays(path) if path.suffix == ".npz" and path.is_file() else {}
-    has_statistics = "mu" in arrays and "sigma" in arrays
-    has_images = "arr_0" in arrays  # ADM's files hold both
-    if not has_statistics or (has_images and want_images):
-        return list_images(path).items
-    mu = arrays["mu"]
-    sigma = arrays["sigma"]
-    shapes_fit = mu.shape == (2048,) and sigma.shape == (2048, 2048)
+    if path.suffix != ".npz" or not path.is_file():
+        return ImageSet(spec, list_images(path).items, NOTHING_KNOWN)
+    arrays = read_arrays(path)
+    if "mu" not in arrays or "sigma" not in arrays:
+        return ImageSet(spec, list_arrays(path, arrays).items, NOTHING_KNOWN)
+    pooled = read_moments(spec, arrays, "mu", "sigma", 2048)
+    spatial = None
+    if "mu_s" in arrays and "sigma_s" in arrays:
+        spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
+    items = list_arrays(path, arrays).items if "arr_0" in arrays else None
+    return ImageSet(spec, items, NOTHING_KNOWN._replace(pooled=pooled, spatial=spatial))
+
+
+def read_moments(spec, arrays, mu_name, sigma_name, d):
+    """Two of a file's arrays -> Moments. BadInput if they are not finite or not of d features."""
+    mu = arrays[mu_name]
+    sigma = arrays[sigma_name]
+    shapes_fit = mu.shape == (d,) and sigma.shape == (d, d)
     if not shapes_fit or not np.isfinite(sigma.sum() + mu.sum()):
         raise BadInput(
-            f"{spec}: want finite statistics mu (2048,) and sigma (2048, 2048), "
+            f"{spec}: want finite statistics {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
             f"and it has {mu.shape} and {sigma.shape}"
         )
-    return Statistics(mu, sigma, None)
+    return Moments(mu, sigma)
+
+
+def lacks(image_set, parts):
+    """Whether an ImageSet's file lacks some of these parts of the Statistics."""
+    return any(getattr(image_set.known, part) is None for part in parts)
+
+
+def statistics_of(image_set, parts, net, device, skip_bad):
+    """The Statistics of an ImageSet, at least these parts; measured if its file lacks some.
+
+    Moments in the file come first, for they may be of more images.
+    """
+    known = image_set.known
+    if not lacks(image_set, parts):
+        return known
+    measured = measure(image_set.name, image_set.items, net, device, parts, skip_bad)
+    if known.pooled is None:
+        return measured
+    return measured._replace(pooled=known.pooled, spatial=known.spatial)
+
+
+def save_moments(file, statistics):
+    """Moments -> an .npz, as ADM's evaluator and pytorch-fid read it."""
+    arrays = dict(zip(("mu", "sigma"), statistics.pooled))
+    if statistics.spatial is not None:
+        arrays |= dict(zip(("mu_s", "sigma_s"), statistics.spatial))
+    np.savez(file, **arrays)
+
+
+def reason_against(part, image_set):
+    """Why a part of the Statistics cannot be had of an ImageSet; None if it can."""
+    known = image_set.known
+    if getattr(known, part) is not None:
+        return None
+    if part == "spatial" and known.pooled is not None:
+        return f"{image_set.name} holds mu and sigma, but not mu_s and sigma_s"
+    if image_set.items is None:
+        return f"{image_set.name} holds statistics, but no images"
+    return None
+
+
+def leave_out(measures, reason):
+    """Say which measures there will not be, and why."""
+    note(f"left out: {', '.join(measures)}, for {reason}")
 
 
 # ================================================================================================
@@ -451,11 +764,11 @@ def read_set(spec, want_images):
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
-# Images are one tensor uint8 (N, 3, size, size). If that would exceed memory_budget they stay as
-# they came, files or arrays (H, W, 3) of any size, and stream_batches resizes them. Labels are
-# int64 (N,), classes their names.
+# Images are one tensor uint8 (N, 3, size, size). If that would exceed memory_budget they stay
+# items, files or arrays (H, W, 3) of any size, which stream_batches resizes. Labels are int64 (N,),
+# classes their names.
 Data = namedtuple("Data", "train train_labels val val_labels classes")
-Images = namedtuple("Images", "name items labels classes")  # name: for messages
+Listing = namedtuple("Listing", "name items labels classes")  # name: for messages
 
 
 def load_data(spec, size, seed=0, decode_later=False):
@@ -480,12 +793,12 @@ def load_data(spec, size, seed=0, decode_later=False):
     return hold_out(read_all(list_images(path), size, decode_later))
 
 
-def hold_out(images):
-    """Images -> Data, a fixed random twentieth of them held out."""
-    n = len(images.items)
+def hold_out(listing):
+    """Listing -> Data, a fixed random twentieth of it held out."""
+    n = len(listing.items)
     if n < 2:
         raise BadInput(
-            f"{n} image(s) in {images.name} are too few: "
+            f"{n} image(s) in {listing.name} are too few: "
             "one to train on and one to hold out is the least"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -493,11 +806,11 @@ def hold_out(images):
     val = order[:held].sort().values
     train = order[held:].sort().values
     return Data(
-        take(images.items, train),
-        images.labels[train],
-        take(images.items, val),
-        images.labels[val],
-        images.classes,
+        take(listing.items, train),
+        listing.labels[train],
+        take(listing.items, val),
+        listing.labels[val],
+        listing.classes,
     )
 
 
@@ -507,7 +820,7 @@ def take(items, index):
 
 
 def list_images(path, classes=None):
-    """A folder or an .npz -> Images, not yet read.
+    """A folder or an .npz -> Listing; a folder's files are not yet read.
 
     The classes of a folder are `classes`, else its first-level sub-folders (one class if there are
     none); those of an .npz the numbers up to its highest label.
@@ -518,15 +831,20 @@ def list_images(path, classes=None):
         raise BadInput(
             f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file"
         )
-    arrays = read_arrays(path)
-    labels = arrays.pop("labels", None)
-    images = arrays["arr_0"] if "arr_0" in arrays else next(iter(arrays.values()), np.zeros(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    return list_arrays(path, read_arrays(path))
+
+
+def list_arrays(path, arrays):
+    """The arrays of an .npz, images and maybe labels -> Listing."""
+    labels = arrays.get("labels")
+    others = [array for name, array in arrays.items() if name != "labels"]
+    items = arrays["arr_0"] if "arr_0" in arrays else next(iter(others), np.zeros(0))
+    if items.dtype != np.uint8 or items.ndim != 4 or items.shape[3] != 3:
         raise BadInput(
             f"{path}: the first array must be uint8 (N, H, W, 3), "
-            f"and is {images.dtype} {images.shape}"
+            f"and is {items.dtype} {items.shape}"
         )
-    n = len(images)
+    n = len(items)
     if labels is None:
         labels = np.zeros(n, np.int64)
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
@@ -534,11 +852,11 @@ def list_images(path, classes=None):
             f"{path}: labels must be {n} integers from 0 up, and are {labels.dtype} {labels.shape}"
         )
     names = [str(i) for i in range(labels.max(initial=0) + 1)]
-    return Images(path, images, torch.from_numpy(labels.astype(np.int64)), names)
+    return Listing(path, items, torch.from_numpy(labels.astype(np.int64)), names)
 
 
 def list_folder(path, classes=None):
-    """The image files below a folder, sorted -> Images."""
+    """The image files below a folder, sorted -> Listing."""
     files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
     files.sort()
     if not files:
@@ -550,7 +868,7 @@ def list_folder(path, classes=None):
         raise BadInput(f"{path} has a class that train/ has not: {min(unknown)!r}")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[name] for name in class_of])
-    return Images(path, files, labels, classes)
+    return Listing(path, files, labels, classes)
 
 
 CIFAR10_CLASSES = [
@@ -580,9 +898,9 @@ def read_cifar10(path, size):
                 records[Path(member.name).name] = raw.reshape(-1, 3073)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     every = np.concatenate([records[name] for name in names])
-    pictures = every[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    arrays = every[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = torch.from_numpy(every[:, 0].astype(np.int64))
-    images = read_all(Images("CIFAR-10", pictures, labels, CIFAR10_CLASSES), size).items
+    images = read_all(Listing("CIFAR-10", arrays, labels, CIFAR10_CLASSES), size).items
     n = len(every) - len(records["test_batch.bin"])
     return Data(images[:n], labels[:n], images[n:], labels[n:], CIFAR10_CLASSES)
 
@@ -680,37 +998,37 @@ def read_images(name, items, tolerated=0.0):
         yield i, loaded.image
 
 
-def read_all(images, size, decode_later=False):
-    """Images not yet read -> Images, uint8 (N, 3, size, size); unread if that is too large.
+def read_all(listing, size, decode_later=False):
+    """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
 
     Up to 1 % unreadable ones are left out. Of a set that is too large, or to be decoded later, a
     hundred are looked at, to meet errors early; it comes back as it is, and decode_batch will meet
     the rest.
     """
-    n = len(images.items)
+    n = len(listing.items)
     fits = not decode_later and n * 3 * size * size <= memory_budget()
-    items = images.items if fits else images.items[:: n // 100 + 1]
-    pixels = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
+    items = listing.items if fits else listing.items[:: n // 100 + 1]
+    images = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
     readable = []
     resized = 0
     fate = "Left out" if fits else "Grey will stand in for such"
-    for i, loaded in load_images(images.name, items, size, tolerated=0.01, fate=fate):
+    for i, loaded in load_images(listing.name, items, size, tolerated=0.01, fate=fate):
         if fits:
-            pixels[i] = loaded.image
+            images[i] = loaded.image
         readable.append(i)
         resized += loaded.resized
     if resized:
         note(
-            f"{resized} of {len(items)} {'' if fits else 'sampled '}images in {images.name} "
+            f"{resized} of {len(items)} {'' if fits else 'sampled '}images in {listing.name} "
             f"are not {size}x{size}: "
             "resized and centre-cropped"
         )
     if not fits:
-        return images
+        return listing
     if len(readable) < n:
-        pixels = pixels[readable]
-        images = images._replace(labels=images.labels[readable])
-    return images._replace(items=pixels)
+        images = images[readable]
+        listing = listing._replace(labels=listing.labels[readable])
+    return listing._replace(items=images)
 
 
 def memory_budget():
@@ -725,16 +1043,16 @@ def memory_budget():
     return min(host, torch.cuda.mem_get_info()[0] // 4)
 
 
-def stream_batches(images, batches, device, size, crops=None):
-    """Yield images[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
+def stream_batches(items, batches, device, size, crops=None):
+    """Yield items[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
 
     What is not in memory is decoded ahead, by worker processes. crops: for each batch the squares
     (B, 3) of crop_and_resize; without them they are the middle ones.
     """
     crops = itertools.repeat(None) if crops is None else crops
-    if torch.is_tensor(images):
+    if torch.is_tensor(items):
         for index, crop in zip(batches, crops):
-            batch = images[index]
+            batch = items[index]
             if crop is not None:
                 arrays = batch.permute(0, 2, 3, 1).cpu().numpy()
                 batch = decode_batch(list(zip(arrays, crop.tolist())), size)
@@ -747,7 +1065,7 @@ def stream_batches(images, batches, device, size, crops=None):
             yield list(zip(index.tolist(), squares))
 
     loader = torch.utils.data.DataLoader(
-        Requested(images),
+        Requested(items),
         batch_sampler=requests(),
         collate_fn=functools.partial(decode_batch, size=size),
         num_workers=max(1, os.cpu_count() // LOCAL_WORLD_SIZE),
@@ -1129,71 +1447,124 @@ def run_script(main):
 
 def parse_arguments():
     parser = Parser(__doc__)
-    what = "a folder of images, an .npz of images or of statistics (mu, sigma), cifar10 or shapes"
+    what = "a folder of images, an .npz of images or of statistics, cifar10 or shapes"
     parser.add_argument("reference", help=what)
     parser.add_argument("samples", help=what)
     parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help=f"a local file of the network (default: {INCEPTION_FILE}, downloaded once)",
+        "--only",
+        nargs="+",
+        choices=[*TAKES, "psnr"],
+        metavar="MEASURE",
+        help=f"compute just these of {', '.join(TAKES)}, psnr (default: all but psnr)",
     )
     parser.add_argument(
-        "--save-stats", metavar="FILE.npz", help="write mu and sigma of the reference"
+        "--weights",
+        metavar="FILE",
+        help=f"a local file of the network (default: {INCEPTION_FILE}, downloaded once); "
+        "if it has no classifier (fc.*) there is no Inception Score",
+    )
+    parser.add_argument(
+        "--save-stats",
+        metavar="FILE.npz",
+        help="write mu, sigma, mu_s and sigma_s of the reference",
     )
     parser.add_argument(
         "--paired",
         action="store_true",
         help="also the PSNR between the i-th reference image and the i-th sample",
     )
+    parser.add_argument(
+        "--unshuffled",
+        action="store_true",
+        help="Inception Score of splits of 5,000 in file order, as ADM's evaluator, "
+        "not of 10 shuffled ones, as torch-fidelity",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out")
     args = parser.parse()
+    args.only = args.only or list(TAKES)
+    args.paired = args.paired or "psnr" in args.only
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise BadInput(f"--save-stats is {args.save_stats}: it must end in .npz")
     if args.paired and args.skip_bad:
-        raise BadInput("--paired needs every image: it does not go with --skip-bad")
+        raise BadInput("PSNR (--paired) needs every image: it does not go with --skip-bad")
     return args
 
 
-def mean_psnr(args, reference, samples):
-    """The mean PSNR of pairs of images, files or arrays (N, H, W, 3)."""
+def check_pairs(reference, samples):
+    """BadInput if two ImageSets are no pairs of images."""
+    if reference.items is None or samples.items is None:
+        raise BadInput("--paired wants images, not statistics")
+    n = len(reference.items)
+    if n != len(samples.items):
+        raise BadInput(f"--paired: {n} reference images, but {len(samples.items)} samples")
+
+
+def mean_psnr(reference, samples):
+    """The mean PSNR of the pairs of two ImageSets."""
     values = []
-    pairs = zip(read_images(args.reference, reference), read_images(args.samples, samples))
-    for (i, x), (_, y) in pairs:
+    originals = read_images(reference.name, reference.items)
+    copies = read_images(samples.name, samples.items)
+    for (i, x), (_, y) in zip(originals, copies):
         if x.shape != y.shape:
             raise BadInput(f"--paired: the images {i} are {tuple(x.shape)} and {tuple(y.shape)}")
         values.append(psnr(x[None], y[None]))
-    return torch.cat(values).mean()
+    return torch.cat(values).mean().item()
+
+
+def possible_measures(wanted, reference, samples):
+    """Those of the wanted measures that can be had of two ImageSets; notes on the others."""
+    possible = []
+    impossible = {}  # reason: measures
+    for name, part in TAKES.items():
+        if name not in wanted:
+            continue
+        reason = reason_against(part, samples)
+        if name != "is":
+            reason = reason_against(part, reference) or reason
+        if reason:
+            impossible.setdefault(reason, []).append(name)
+        else:
+            possible.append(name)
+    for reason, names in impossible.items():
+        leave_out(names, reason)
+    return possible
 
 
 def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = read_set(args.reference, want_images=args.paired)
-    samples = read_set(args.samples, want_images=True)
-    known = [isinstance(images, Statistics) for images in (reference, samples)]
-    if args.paired and any(known):
-        raise BadInput("--paired wants images, not statistics")
-    if args.paired and len(reference) != len(samples):
-        raise BadInput(f"--paired: {len(reference)} reference images, but {len(samples)} samples")
-
-    net = None if all(known) else load_inception(args.weights, device)
-    stats = []
-    for spec, images in ((args.reference, reference), (args.samples, samples)):
-        if isinstance(images, Statistics):
-            stats.append(images)
-        else:
-            stats.append(measure(spec, images, net, device, args.skip_bad))
-    one, two = stats
-
-    print(f"fid {frechet_distance(one.mu, one.sigma, two.mu, two.sigma):.6f}")
-    if two.logits is not None:
-        mean, std = inception_score(two.logits)
-        print(f"is {mean:.6f} {std:.6f}")
+    reference = read_set(args.reference)
+    samples = read_set(args.samples)
     if args.paired:
-        print(f"psnr {mean_psnr(args, reference, samples):.4f}")
+        check_pairs(reference, samples)
+    wanted = possible_measures(args.only, reference, samples)
+
+    # the parts of the Statistics that each side must give
+    of_samples = {TAKES[name] for name in wanted}
+    of_reference = of_samples - {"logits"}
+    if args.save_stats:
+        of_reference |= {"pooled"}
+    net = None
+    if lacks(reference, of_reference) or lacks(samples, of_samples):
+        net = load_inception(args.weights, device)
+        if "is" in wanted and net.fc is None:
+            leave_out(["is"], "the network has no classifier (fc.weight, fc.bias)")
+            wanted.remove("is")
+            of_samples.remove("logits")
+    one = statistics_of(reference, of_reference, net, device, args.skip_bad)
+    two = statistics_of(samples, of_samples, net, device, args.skip_bad)
+
+    split_size = 5000 if args.unshuffled else None
+    figures = compare(one, two, wanted, device, split_size)
+    if args.paired:
+        figures["psnr"] = mean_psnr(reference, samples)
+    if not figures:
+        raise BadInput(f"none of {', '.join(args.only)} can be had of these two sets")
+    for name, value in figures.items():
+        decimals = 8 if name == "kid" else 6
+        print(name, *[f"{number:.{decimals}f}" for number in np.atleast_1d(value)])
     if args.save_stats:  # last: a disk that fails costs no figure
-        path = Path(args.save_stats)
-        write_atomically(path, lambda file: np.savez(file, mu=one.mu, sigma=one.sigma))
+        write_atomically(Path(args.save_stats), lambda file: save_moments(file, one))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from fid import (
     Parser,
     Progress,
     cache_path,
-    frechet_distance,
+    compare,
     load_checkpoint,
     load_data,
     load_inception,
@@ -315,8 +315,9 @@ def generate(model, generator, labels, config, seed, first=0):
 # 3. What a finished run reports
 # ================================================================================================
 
-# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives
-Run = namedtuple("Run", "config out data teacher device")
+# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives;
+# inception: the FID network, or None
+Run = namedtuple("Run", "config out data teacher device inception")
 
 
 @torch.no_grad()
@@ -346,9 +347,10 @@ def report_tokenizer(run, model, hist_before, figures):
         "images": len(images),
         "device": device_name(run.device),
     }
-    rfid = fid_between(images, recon, run.device)
-    if rfid is not None:
-        metrics["rfid"] = rfid
+    if run.inception:
+        distances = reconstruction_distances(images, recon, run.inception, run.device)
+        metrics["rfid"] = distances["fid"]
+        metrics["kid"], _ = distances["kid"]  # without the deviation
     classify = load_classifier(run)
     if classify:  # does the teacher still see the same class?
         metrics["class_agreement"] = (classify(images) == classify(recon)).float().mean().item()
@@ -409,16 +411,29 @@ def load_classifier(run):
     return classify
 
 
-def fid_between(reference, images, device):
-    """FID of uint8 images (N, 3, H, W) twice; None, with a note, if the network is not there."""
+def find_inception(weights, device):
+    """The FID network of the file `weights` or, if that is None, the published one in the cache.
+
+    None, with a note, if it is not there.
+    """
     path = cache_path(INCEPTION_FILE)
-    if not path.exists():
-        note(f"FID is not measured, for {path} is not there; fid.py downloads it")
+    if weights is None and not path.exists():
+        note(
+            f"FID and KID will not be measured, for {path} is not there: "
+            "fid.py downloads it, or give --weights FILE"
+        )
         return None
-    net = load_inception(None, device)
-    one = measure("reference", reference.permute(0, 2, 3, 1).numpy(), net, device)
-    two = measure("images", images.permute(0, 2, 3, 1).numpy(), net, device)
-    return frechet_distance(one.mu, one.sigma, two.mu, two.sigma)
+    return load_inception(weights, device)
+
+
+def reconstruction_distances(images, recon, inception, device):
+    """FID and KID of uint8 (N, 3, H, W) twice -> {"fid": value, "kid": (mean, deviation)}."""
+    inception = inception.to(device)
+    originals = images.permute(0, 2, 3, 1).numpy()
+    copies = recon.permute(0, 2, 3, 1).numpy()
+    one = measure("held-out images", originals, inception, device, ["features"])
+    two = measure("reconstructions", copies, inception, device, ["features"])
+    return compare(one, two, ["fid", "kid"], device)
 
 
 def device_name(device):
@@ -682,6 +697,7 @@ def parse_arguments():
     )
     val = "held-out images of shapes, cifar10, a folder, or an .npz"
     add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
+    add("--weights", metavar="FILE", help="of --reconstruct's FID network, else the published one")
     add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
     add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
     add("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
@@ -697,6 +713,8 @@ def check_arguments(args):
     specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s]
     if len(specs) > 1:
         raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
+    if args.weights and not args.reconstruct:
+        raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
     if specs and args.out.suffix != ".png":
         raise BadInput(f"--out {args.out} must end in .png")
     if args.out.suffix not in (".png", ".npz"):
@@ -728,15 +746,16 @@ def read_val_set(model, spec, n, device):
 
 
 def command_reconstruct(args, config, device):
+    inception = find_inception(args.weights, device)
     model = load_run(args.run, device)
     val = read_val_set(model, args.reconstruct, config.eval_images, device)
     recon = decode_all(model, val.tokens, device)
     save_pairs(args.out, val.images, recon)
-    rfid = fid_between(val.images, recon, device)
     message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
     message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
-    if rfid is not None:
-        message += f", FID {rfid:.3f}"
+    if inception:
+        distances = reconstruction_distances(val.images, recon, inception, device)
+        message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
     print(message)
 
 

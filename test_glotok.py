@@ -2724,9 +2724,10 @@ def test_inception_agrees_with_torch_fidelity(size):
     net = seeded_inception()
     plain = net(golden_images(size))
     folded = net.fold()(golden_images(size))
-    for features, logits in (plain, folded):
+    for features, logits, spatial in (plain, folded):
         assert features.shape == (2, 2048)
         assert logits.shape == (2, 1008)
+        assert spatial.shape == (2, 2023)
         found = [
             features.sum(),
             features.std(),
@@ -2756,6 +2757,26 @@ def test_inception_names_are_the_published_ones():
     assert len(names) == 94 * 5 + 2  # a weight and four of the batch norm each; fc
     for name, shape in INCEPTION_SHAPES.items():
         assert state[name].shape == shape, name
+
+
+def test_spatial_features_are_the_first_channels_of_a_branch():
+    """Mixed_6d.branch1x1 by hand: convolution, batch norm, ReLU; 7 channels, channels last."""
+    net = seeded_inception()
+    inputs = []
+    net.Mixed_6d.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    _, _, found = net(golden_images(32)[:1])
+    x = inputs[0][0].double().numpy()  # (768, 17, 17)
+    conv = net.Mixed_6d.branch1x1.conv.weight[:, :, 0, 0].double().numpy()  # (192, 768)
+    bn = net.Mixed_6d.branch1x1.bn
+    expected = []
+    for row in range(17):
+        for column in range(17):
+            y = conv @ x[:, row, column]
+            for c in range(7):
+                z = (y[c] - bn.running_mean[c]) / math.sqrt(bn.running_var[c] + 0.001)
+                expected.append(max(0, z * bn.weight[c] + bn.bias[c]))
+    assert 0 < np.count_nonzero(expected) < 2023
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [2, 32, 299, 500])
@@ -2799,25 +2820,166 @@ def test_frechet_distance_where_the_matrix_root_fails():
     assert fid.frechet_distance(mu, s, mu, none) == pytest.approx(trace, rel=1e-9)
 
 
-def test_inception_score_by_hand():
-    """Shuffled as torch-fidelity does, split i from i N // 10 on, exp of the mean KL."""
-    logits = torch.randn(57, 12)
-    order = np.random.RandomState(2020).permutation(57)
-    p = np.exp(logits.double().numpy()[order])
+def inception_score_by_loops(logits, parts):
+    """The score of parts, lists of positions: exp of the mean KL of each."""
+    p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     scores = []
-    for i in range(10):
-        part = p[i * 57 // 10 : (i + 1) * 57 // 10]
-        divergences = [(q * np.log(q / part.mean(0))).sum() for q in part]
+    for part in parts:
+        marginal = p[part].mean(0)
+        divergences = [(p[i] * np.log(p[i] / marginal)).sum() for i in part]
         scores.append(math.exp(np.mean(divergences)))
-    expected = (np.mean(scores), np.std(scores))
+    return np.mean(scores), np.std(scores)
+
+
+def test_inception_score_by_hand():
+    """Shuffled as torch-fidelity does; split i goes from i N // 10 on."""
+    logits = torch.randn(57, 12)
+    order = np.random.RandomState(2020).permutation(57)
+    parts = [order[i * 57 // 10 : (i + 1) * 57 // 10] for i in range(10)]
+    expected = inception_score_by_loops(logits, parts)
     assert fid.inception_score(logits) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score_in_file_order_as_adm():
+    """Each split_size images, and what is left."""
+    logits = torch.randn(57, 12)
+    parts = [range(25), range(25, 50), range(50, 57)]
+    expected = inception_score_by_loops(logits, parts)
+    assert fid.inception_score(logits, split_size=25) == pytest.approx(expected, rel=1e-9)
+    whole = inception_score_by_loops(logits, [range(57)])
+    assert fid.inception_score(logits, split_size=5000) == pytest.approx(whole, rel=1e-9)
 
 
 def test_inception_score_of_sure_logits_counts_the_classes():
     logits = 50 * torch.eye(7).repeat(100, 1)
     mean, _ = fid.inception_score(logits, splits=1)
     assert mean == pytest.approx(7)
+
+
+def kernel_distance_by_loops(x, y, subsets, size):
+    """KID term by term, float64; the draws are torch-fidelity's."""
+    x = x.double().numpy()
+    y = y.double().numpy()
+    d = x.shape[1]
+
+    def kernel(a, b):
+        return (sum(a * b) / d + 1) ** 3
+
+    rng = np.random.RandomState(2020)
+    distances = []
+    for _ in range(subsets):
+        a = x[rng.choice(len(x), size, replace=False)]
+        b = y[rng.choice(len(y), size, replace=False)]
+        within = 0
+        across = 0
+        for i in range(size):
+            for j in range(size):
+                if i != j:
+                    within += kernel(a[i], a[j]) + kernel(b[i], b[j])
+                across += kernel(a[i], b[j])
+        distances.append(within / (size * (size - 1)) - 2 * across / size**2)
+    return np.mean(distances), np.std(distances)
+
+
+def test_kernel_distance_equals_plain_loops():
+    x = torch.rand(14, 6)
+    y = torch.rand(11, 6) + 0.3
+    expected = kernel_distance_by_loops(x, y, subsets=4, size=5)
+    assert fid.kernel_distance(x, y, subsets=4, size=5) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Two sets from one distribution: 0 on average, however few there are."""
+    distances = [
+        fid.kernel_distance(*torch.rand(2, 8, 6), subsets=1, size=8)[0] for _ in range(400)
+    ]
+    error = np.std(distances) / math.sqrt(400)
+    assert abs(np.mean(distances)) < 4 * error
+    assert error < 0.005
+    assert min(distances) < 0 < max(distances)
+
+
+def test_kernel_distance_of_few_images_has_smaller_subsets(capsys):
+    x = torch.rand(5, 6)
+    y = torch.rand(7, 6)
+    expected = kernel_distance_by_loops(x, y, subsets=3, size=5)
+    assert fid.kernel_distance(x, y, subsets=3) == pytest.approx(expected, rel=1e-9)
+    assert "subsets are of 5 images, not 1000" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="at least 2 images"):
+        fid.kernel_distance(x[:1], y)
+
+
+def precision_recall_by_loops(reference, samples, k):
+    def distance(a, b):
+        return math.sqrt(sum((a - b) ** 2))
+
+    def share_inside(points, centres):
+        radii = []
+        for i, a in enumerate(centres):
+            others = [distance(a, b) for j, b in enumerate(centres) if j != i]
+            radii.append(sorted(others)[k - 1])
+        inside = [any(distance(p, a) <= r for a, r in zip(centres, radii)) for p in points]
+        return np.mean(inside)
+
+    reference = reference.double().numpy()
+    samples = samples.double().numpy()
+    return share_inside(samples, reference), share_inside(reference, samples)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("tile", [2, 5, 2048])
+def test_precision_and_recall_equal_plain_loops(k, tile, monkeypatch):
+    """Sets of unequal size that the tiles do not divide."""
+    monkeypatch.setattr(fid, "TILE", tile)
+    reference = torch.randn(23, 3)
+    samples = 1.5 * torch.randn(17, 3) + 2
+    expected = precision_recall_by_loops(reference, samples, k)
+    assert 0 < expected[0] < 1
+    assert 0 < expected[1] < 1
+    assert expected[0] != expected[1]
+    assert fid.precision_recall(reference, samples, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_and_recall_of_copies():
+    """References that come four times have balls of radius 0, and copies of them lie inside."""
+    once = torch.rand(27, 2048)
+    for m in range(4, 12):  # matrix products of other sizes are rounded differently
+        samples = torch.cat([once[:m], once[:m] + 1])
+        precision, _ = fid.precision_recall(once.repeat(4, 1), samples)
+        assert precision == 1 / 2
+    assert fid.precision_recall(once, once) == (1, 1)
+
+
+def test_precision_and_recall_of_close_points():
+    """Distances of 1e-4 between vectors of length 2: float32 would lose their squares."""
+    reference = 1 + 1e-4 * torch.randn(20, 4)
+    samples = 1 + 1.5e-4 * torch.randn(20, 4)
+    expected = precision_recall_by_loops(reference, samples, 3)
+    assert fid.precision_recall(reference, samples) == pytest.approx(expected, abs=1e-12)
+
+
+def test_precision_and_recall_want_more_than_k_images():
+    with pytest.raises(BadInput, match="more than 3 images a set, not 3 and 4"):
+        fid.precision_recall(torch.randn(3, 5), torch.randn(4, 5))
+
+
+def test_precision_and_recall_take_10000_references_from_the_whole_set(monkeypatch, capsys):
+    seen = []
+
+    def no_precision_recall(reference, samples):
+        seen.append((reference, samples))
+        return 0.25, 0.5
+
+    monkeypatch.setattr(fid, "precision_recall", no_precision_recall)
+    features = torch.arange(25000.0)[:, None]
+    stats = fid.NOTHING_KNOWN._replace(features=features)
+    figures = fid.compare(stats, stats, ["recall"], torch.device("cpu"))
+    assert figures == {"recall": 0.5}
+    [(reference, samples)] = seen
+    assert reference[:, 0].tolist() == [i * 25000 // 10000 for i in range(10000)]
+    assert len(samples) == 25000
+    assert "10,000 of the 25000 reference images" in capsys.readouterr().err
 
 
 # ---- fid.py's command
@@ -2828,13 +2990,12 @@ def read_figures(result):
     return dict(line.split(" ", 1) for line in result.out.splitlines())
 
 
-def features_of(net, folder):
-    """The network's features of each picture below a folder, by itself, float64 (N, 2048)."""
-    features = []
+def outputs_of(net, folder):
+    """The network's outputs for each picture below a folder, by itself: three float64 (N, d)."""
+    outputs = []
     for path in sorted(folder.rglob("*.png")):
-        x, _ = net(torch.from_numpy(pixels_of(path))[None])
-        features.append(x)
-    return torch.cat(features).double().numpy()
+        outputs.append(net(torch.from_numpy(pixels_of(path))[None]))
+    return [torch.cat(parts).double().numpy() for parts in zip(*outputs)]
 
 
 def frechet_of_few(x, y):
@@ -2867,52 +3028,227 @@ def test_fid_command(tmp_path, inception_file, run_command, monkeypatch):
     save_pictures(a / "more", 2, size=40, seed=9)
     save_pictures(b, 5, size=30, seed=50)
     net = seeded_inception()
-    features_a = features_of(net, a)
-    features_b = features_of(net, b)
-    expected = frechet_of_few(features_a, features_b)
+    features_a, _, spatial_a = outputs_of(net, a)
+    features_b, _, spatial_b = outputs_of(net, b)
 
     # folder against folder
     words = ["--weights", inception_file, "--save-stats", tmp_path / "a.npz"]
     result = run_command(fid, a, b, *words)
     assert result.status == 0
     figures = read_figures(result)
+    assert list(figures) == ["fid", "sfid", "kid", "is", "precision", "recall"]
+    expected = frechet_of_few(features_a, features_b)
     assert float(figures["fid"]) == pytest.approx(expected, rel=1e-3)
+    expected = frechet_of_few(spatial_a, spatial_b)
+    assert float(figures["sfid"]) == pytest.approx(expected, rel=1e-3)
+    assert len(figures["kid"].split()) == 2
     assert len(figures["is"].split()) == 2
     assert "biased upward" in result.err
-    assert "not the published network" in result.err
+    assert "not the published file" in result.err
     stats = np.load(tmp_path / "a.npz")
-    np.testing.assert_allclose(stats["mu"], features_a.mean(0), rtol=1e-4, atol=1e-5)
-    variance = features_a.var(0, ddof=1)
-    np.testing.assert_allclose(np.diag(stats["sigma"]), variance, rtol=1e-2, atol=1e-6)
+    for mu, sigma, outputs in (("mu", "sigma", features_a), ("mu_s", "sigma_s", spatial_a)):
+        np.testing.assert_allclose(stats[mu], outputs.mean(0), rtol=1e-4, atol=1e-5)
+        variance = outputs.var(0, ddof=1)
+        np.testing.assert_allclose(np.diag(stats[sigma]), variance, rtol=1e-2, atol=1e-6)
 
     # the saved statistics against an array of the same images
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(b.iterdir())])
     np.savez(tmp_path / "b.npz", arr_0=images)
-    result = run_command(fid, tmp_path / "a.npz", tmp_path / "b.npz", "--weights", inception_file)
+    words = [tmp_path / "a.npz", tmp_path / "b.npz", "--weights", inception_file]
+    result = run_command(fid, *words, "--only", "fid")
+    assert list(read_figures(result)) == ["fid"]
     assert float(read_figures(result)["fid"]) == pytest.approx(float(figures["fid"]), rel=1e-4)
 
-    # Statistics against statistics need no network. ADM's reference files hold images, too.
-    stats = {"mu": features_b.mean(0), "sigma": np.cov(features_b.T)}
-    np.savez(tmp_path / "adm.npz", arr_0=images, **stats)
-    np.savez(tmp_path / "b_stats.npz", **stats)
-    monkeypatch.setattr(fid, "load_inception", None)
-    result = run_command(fid, tmp_path / "adm.npz", tmp_path / "b_stats.npz")
-    assert result.status == 0
-    figures = read_figures(result)
-    assert float(figures["fid"]) == pytest.approx(0, abs=1e-2)
-    assert "is" not in figures
+
+def distance_for_tests(mu1, sigma1, mu2, sigma2):
+    """Of all four, and in this order: a quick stand-in for frechet_distance."""
+    [d] = mu1.shape
+    assert d in (2048, 2023)
+    assert mu2.shape == (d,)
+    assert sigma1.shape == sigma2.shape == (d, d)
+    return float(mu1[0] - 2 * mu2[0] + 3 * sigma1[0, 0] - 4 * sigma2[0, 0])
 
 
 @pytest.fixture
 def quick_distance(monkeypatch):
     """For tests of the rest: the distance takes seconds, and test_fid_command measures it."""
+    monkeypatch.setattr(fid, "frechet_distance", distance_for_tests)
 
-    def no_distance(mu1, sigma1, mu2, sigma2):
-        assert mu1.shape == mu2.shape == (2048,)
-        assert sigma1.shape == sigma2.shape == (2048, 2048)
-        return 0.0
 
-    monkeypatch.setattr(fid, "frechet_distance", no_distance)
+@pytest.mark.usefixtures("quick_distance")
+def test_fid_of_statistics_needs_no_network(tmp_path, run_command, monkeypatch):
+    """ADM's files hold images, too, and those of spatial features; pytorch-fid's neither."""
+    monkeypatch.setattr(fid, "load_inception", None)
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    for name, mu in (("a", 5.0), ("b", 0.5)):
+        moments = {"mu": np.full(2048, mu), "sigma": np.full((2048, 2048), mu / 2)}
+        np.savez(tmp_path / f"{name}_pytorch_fid.npz", **moments)
+        moments |= {"mu_s": np.full(2023, mu / 4), "sigma_s": np.full((2023, 2023), mu / 8)}
+        np.savez(tmp_path / f"{name}_no_images.npz", **moments)
+        np.savez(tmp_path / f"{name}_adm.npz", arr_0=images, **moments)
+
+    paths = [tmp_path / "a_adm.npz", tmp_path / "b_no_images.npz"]
+    result = run_command(fid, *paths)
+    assert result.status == 0
+    figures = {name: float(text) for name, text in read_figures(result).items()}
+    assert figures == {"fid": 5 - 1 + 7.5 - 1, "sfid": (5 - 1) / 4 + (7.5 - 1) / 4}
+    reason = f"{paths[1]} holds statistics, but no images"
+    assert result.err == f"note: left out: kid, is, precision, recall, for {reason}"
+
+    paths = [tmp_path / "a_pytorch_fid.npz", tmp_path / "b_no_images.npz"]
+    result = run_command(fid, *paths, "--only", "sfid", "fid")
+    assert result.out == "fid 10.500000"
+    reason = f"{paths[0]} holds mu and sigma, but not mu_s and sigma_s"
+    assert result.err == f"note: left out: sfid, for {reason}"
+    result = run_command(fid, *paths, "--only", "sfid", "kid")
+    assert result.status == 2
+    assert result.out == ""
+    assert result.err.endswith("none of sfid, kid can be had of these two sets")
+    # what is known is written again
+    saved = tmp_path / "again.npz"
+    assert run_command(fid, *paths, "--save-stats", saved).status == 0
+    assert np.load(saved).files == ["mu", "sigma"]
+
+
+class QuickNet:
+    """Stands in for InceptionV3: fixed random projections of the mean colour of each quarter."""
+
+    def __init__(self, fc=True):
+        self.fc = fc
+        self.features = []  # of all batches so far
+        g = torch.Generator().manual_seed(0)
+        self.projection = torch.randn(12, 2048 + 1008 + 2023, generator=g)
+
+    def __call__(self, images):
+        quarters = F.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+        outputs = (quarters - 0.5) @ self.projection
+        features, logits, spatial = outputs.split([2048, 1008, 2023], dim=1)
+        self.features.append(features)
+        return features, logits if self.fc else None, spatial
+
+    def to(self, device):
+        return self
+
+
+@pytest.fixture
+def quick_net(monkeypatch):
+    """A QuickNet that fid.py's command takes for the published network."""
+    net = QuickNet()
+    monkeypatch.setattr(fid, "load_inception", lambda file, device: net)
+    return net
+
+
+def random_pixels(n, low, high):
+    """uint8 (n, 16, 16, 3), each image around a colour of its own."""
+    rng = np.random.default_rng(n)
+    colours = rng.integers(low, high, (n, 1, 1, 3))
+    return (colours + rng.integers(0, 30, (n, 16, 16, 3))).astype(np.uint8)
+
+
+def outputs_of_array(images):
+    return QuickNet()(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """A.npz with 9 images and B.npz with 12, and the arrays in them."""
+    a = random_pixels(9, 30, 130)
+    b = random_pixels(12, 60, 220)
+    np.savez(tmp_path / "A.npz", a)
+    np.savez(tmp_path / "B.npz", b)
+    return tmp_path / "A.npz", tmp_path / "B.npz", a, b
+
+
+def test_fid_command_prints_kid_inception_score_precision_and_recall(
+    two_files, quick_net, run_command, monkeypatch
+):
+    path_a, path_b, a, b = two_files
+    x, _, _ = outputs_of_array(a)
+    y, logits, _ = outputs_of_array(b)
+    result = run_command(fid, path_a, path_b, "--only", "recall", "is", "kid", "precision")
+    figures = read_figures(result)
+    assert list(figures) == ["kid", "is", "precision", "recall"]
+
+    # 9 of 9 and 9 of 12; the order of the sets matters
+    distances = []
+    rng = np.random.RandomState(2020)
+    for _ in range(100):
+        subsets = [each[rng.choice(len(each), 9, replace=False)].double() for each in (x, y)]
+        grams = [(u @ v.T / 2048 + 1) ** 3 for u in subsets for v in subsets]
+        within = (grams[0] + grams[3]).fill_diagonal_(0).sum() / 72
+        distances.append(within - 2 * grams[1].mean())
+    kid = [float(value) for value in figures["kid"].split()]
+    assert kid == pytest.approx([np.mean(distances), np.std(distances)], abs=1e-6)
+    precision, recall = precision_recall_by_loops(x, y, 3)
+    assert precision != recall
+    assert float(figures["precision"]) == pytest.approx(precision, abs=1e-6)
+    assert float(figures["recall"]) == pytest.approx(recall, abs=1e-6)
+    order = np.random.RandomState(2020).permutation(12)
+    parts = [order[i * 12 // 10 : (i + 1) * 12 // 10] for i in range(10)]
+    score = [float(value) for value in figures["is"].split()]
+    assert score == pytest.approx(inception_score_by_loops(logits, parts), abs=1e-5)
+
+    # ADM's splits are of 5,000: here there is one. The reference is not looked at.
+    quick_net.features.clear()
+    result = run_command(fid, path_a, path_b, "--only", "is", "--unshuffled")
+    whole, _ = inception_score_by_loops(logits, [range(12)])
+    assert result.out == f"is {whole:.6f} 0.000000"
+    assert len(torch.cat(quick_net.features)) == 12
+
+
+@pytest.mark.usefixtures("quick_distance")
+def test_fid_of_a_network_without_classifier(two_files, inception_file, tmp_path, run_command):
+    weights = torch.load(inception_file, weights_only=True)
+    for name in ("fc.weight", "fc.bias"):
+        del weights[name]
+    torch.save(weights, tmp_path / "bare.pth")
+    np.savez(tmp_path / "four.npz", two_files[2][:4])
+    words = [tmp_path / "four.npz"] * 2 + ["--weights", tmp_path / "bare.pth"]
+    result = run_command(fid, *words)
+    assert result.status == 0
+    assert list(read_figures(result)) == ["fid", "sfid", "kid", "precision", "recall"]
+    assert "left out: is, for the network has no classifier" in result.err
+    assert read_figures(result)["precision"] == "1.000000"
+
+    net = fid.load_inception(tmp_path / "bare.pth", torch.device("cpu"))
+    features, logits, spatial = net(golden_images(32))
+    assert logits is None
+    np.testing.assert_allclose(features.sum().item(), GOLDEN[32][0], rtol=1e-4)
+    assert spatial.shape == (2, 2023)
+
+
+@pytest.mark.usefixtures("quick_net", "quick_distance")
+def test_fid_of_few_images_has_no_precision(two_files, tmp_path, run_command):
+    np.savez(tmp_path / "three.npz", two_files[2][:3])
+    result = run_command(fid, two_files[0], tmp_path / "three.npz")
+    assert list(read_figures(result)) == ["fid", "sfid", "kid", "is"]
+    reason = "they take at least 4 images a set, and there are 3"
+    assert f"left out: precision, recall, for {reason}" in result.err
+    result = run_command(fid, two_files[0], tmp_path / "three.npz", "--only", "recall")
+    assert result.status == 2
+    assert result.err.endswith("none of recall can be had of these two sets")
+
+
+@pytest.mark.usefixtures("quick_distance")
+def test_statistics_in_a_file_come_before_its_images(two_files, quick_net, run_command, tmp_path):
+    """ADM's reference files: FID of the whole set, all else of the images that came along."""
+    _, path_b, a, _ = two_files
+    moments = {"mu": np.full(2048, 5.0), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "adm.npz", arr_0=a, **moments)
+    result = run_command(fid, *[tmp_path / "adm.npz"] * 2, "--only", "fid")
+    assert result.out == "fid -6.000000"  # 5 - 10 + 3 - 4
+    assert quick_net.features == []
+    result = run_command(fid, path_b, tmp_path / "adm.npz", "--only", "is")
+    assert result.status == 0
+    assert torch.equal(torch.cat(quick_net.features), outputs_of_array(a)[0])
+    result = run_command(fid, *[tmp_path / "adm.npz"] * 2, "--only", "fid", "precision")
+    assert result.out == "fid -6.000000\nprecision 1.000000"
+
+
+def test_fid_only_psnr_needs_no_network(two_files, monkeypatch, run_command):
+    monkeypatch.setattr(fid, "load_inception", None)
+    result = run_command(fid, two_files[0], two_files[0], "--only", "psnr")
+    assert result.out == "psnr 99.000000"
 
 
 @pytest.mark.usefixtures("quick_distance")
@@ -2956,6 +3292,8 @@ def bad_fid_inputs(tmp_path_factory, inception_file):
     np.savez(folder / "ONE.npz", images[:1])
     np.savez(folder / "NOBODY.npz", images[:0])
     np.savez(folder / "NARROW.npz", mu=np.zeros(64), sigma=np.eye(64))
+    narrow = {"mu_s": np.zeros(64), "sigma_s": np.eye(64)}
+    np.savez(folder / "NARROW_S.npz", mu=np.zeros(2048), sigma=np.eye(2048), **narrow)
     np.savez(folder / "NAN.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     (folder / "TORN.npz").write_bytes((folder / "NAN.npz").read_bytes()[:-100])
     np.savez(folder / "OBJECTS.npz", np.array([RunsCode(str(folder / "code ran"))]))
@@ -2966,6 +3304,8 @@ def bad_fid_inputs(tmp_path_factory, inception_file):
     torch.save(RunsCode(str(folder / "code ran")), folder / "code.pth")
     weights = torch.load(inception_file, weights_only=True)
     torch.save({**weights, "fc.bias": weights["fc.bias"] * math.nan}, folder / "nan.pth")
+    del weights["fc.bias"]
+    torch.save(weights, folder / "half.pth")
     return folder
 
 
@@ -2985,7 +3325,13 @@ BAD_WORDS = [
     ("A.npz A.npz --weights text.pth", "cannot read"),
     ("A.npz A.npz --weights code.pth", "cannot read"),
     ("A.npz A.npz --weights gone.pth", "cannot read"),
-    ("A.npz A.npz --paired --skip-bad", "--paired needs every image"),
+    ("A.npz A.npz --weights half.pth", "other weights than these settings ask for"),
+    ("A.npz A.npz --paired --skip-bad", "PSNR (--paired) needs every image"),
+    ("A.npz A.npz --only psnr --skip-bad", "PSNR (--paired) needs every image"),
+    ("A.npz A.npz --only fid fdi", "argument --only: invalid choice: 'fdi'"),
+    ("A.npz A.npz --only", "argument --only: expected at least one argument"),
+    ("A.npz STATS.npz --only kid is", "none of kid, is can be had of these two sets"),
+    ("A.npz NARROW_S.npz --weights NET", "mu_s (2023,)"),
     ("A.npz A.npz A.npz", "one argument too many: 'A.npz'"),
     ("A.npz A.npz --weights other.pth", "other weights"),
     ("A.npz A.npz --weights nan.pth", "NaN or infinity"),
@@ -3041,9 +3387,26 @@ def test_fid_reads_images_beside_statistics(tmp_path):
     images = np.zeros((3, 24, 24, 3), np.uint8)
     statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
     np.savez(tmp_path / "both.npz", **statistics, arr_0=images)
-    path = str(tmp_path / "both.npz")
-    assert np.array_equal(fid.read_set(path, want_images=True), images)
-    assert np.array_equal(fid.read_set(path, want_images=False).sigma, np.eye(2048))
+    both = fid.read_set(str(tmp_path / "both.npz"))
+    assert np.array_equal(both.items, images)
+    assert np.array_equal(both.known.pooled.sigma, np.eye(2048))
+
+
+def test_measure_keeps_what_is_asked_for_and_forgets_unreadable_images(tmp_path):
+    folder = save_pictures(tmp_path / "a", 25)
+    (folder / "013.png").write_bytes(b"torn")
+    items = sorted(folder.iterdir())
+    images = np.stack([np.asarray(Image.open(p)) for p in items if p.name != "013.png"])
+    features, logits, _ = outputs_of_array(images)
+    cpu = torch.device("cpu")
+    stats = fid.measure("x", items, QuickNet(), cpu, ["features"], skip_bad=True)
+    torch.testing.assert_close(stats.features, features)
+    assert stats.logits is None
+    expected = np.cov(features.double().numpy().T)
+    np.testing.assert_allclose(stats.pooled.sigma, expected, atol=1e-6)
+    stats = fid.measure("x", images, QuickNet(), cpu, ["logits"])
+    torch.testing.assert_close(stats.logits, logits)
+    assert stats.features is None
 
 
 def test_a_measure_does_not_depend_on_its_callers_precision():
@@ -3051,7 +3414,7 @@ def test_a_measure_does_not_depend_on_its_callers_precision():
 
     def net(images):
         seen.append(torch.get_float32_matmul_precision())
-        return torch.zeros(len(images), 2048), torch.zeros(len(images), 1008)
+        return [torch.zeros(len(images), d) for d in (2048, 1008, 2023)]
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -3104,10 +3467,10 @@ def test_fid_works_in_an_empty_folder(tmp_path, inception_file):
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "A.npz", images[:2])
     np.savez(tmp_path / "B.npz", images[2:])
-    words = ["fid.py", "A.npz", "B.npz", "--weights", inception_file]
+    words = ["fid.py", "A.npz", "B.npz", "--weights", inception_file, "--only", "fid", "kid"]
     done = run_process(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("fid ")
+    assert re.fullmatch(r"fid \S+\nkid \S+ \S+\n", done.stdout)
 
 
 # ================================================================================================
@@ -4293,6 +4656,9 @@ BAD_TRAIN_WORDS = [
     ("--teacher BAD/code.pt", "cannot read"),
     ("--teacher BAD/long.pt", "cannot read"),
     ("--teacher BAD/text.pt", "cannot read"),
+    # the FID network
+    ("--weights gone.pth", "cannot read gone.pth"),
+    ("--weights BAD/code.pt", "cannot read"),
     # a run folder that cannot be made
     ("--out BAD/text.pt/run", "cannot write"),
     ("--out /proc/run", "cannot write"),
@@ -4565,6 +4931,50 @@ def test_sample_shows_held_out_images(flag, finished, few_shapes, run_command, t
         assert len(picture.convert("RGB").getcolors(10**6)) > 5
 
 
+@pytest.fixture
+def bare_network(monkeypatch):
+    """A QuickNet without classifier, which sample.py reads from the file bare.pth alone."""
+    net = QuickNet(fc=False)
+
+    def load_inception(file, device):
+        assert file == "bare.pth"
+        return net
+
+    monkeypatch.setattr(sample, "load_inception", load_inception)
+    return net
+
+
+def distances_of_seen(net):
+    """Of two sets of 20 images that a QuickNet has seen: distance_for_tests, and KID by loops."""
+    features = torch.cat(net.features).double()
+    assert features.shape == (40, 2048)
+    moments = []
+    for x in features.split(20):
+        moments += [x.mean(0), torch.cov(x.T)]
+    kid, _ = kernel_distance_by_loops(features[:20], features[20:], subsets=1, size=20)
+    return distance_for_tests(*moments), kid
+
+
+@pytest.mark.usefixtures("quick_distance", "few_shapes")
+def test_reconstruct_reports_fid_and_kid(finished, bare_network, run_command, tmp_path):
+    words = ["--reconstruct", "shapes", "--weights", "bare.pth", "--out", tmp_path / "x.png"]
+    result = run_command(sample, finished, *words)
+    assert result.status == 0
+    distance, kid = distances_of_seen(bare_network)
+    assert f"FID {distance:.3f}, KID {kid:.6f}" in result.out
+
+
+@pytest.mark.usefixtures("quick_distance", "few_shapes")
+def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path):
+    steps = ["--stage", "tokenizer", "--tokenizer_steps", 2]
+    out = tmp_path / "run"
+    result = run_command(train, *FLAGS, *steps, "--weights", "bare.pth", "--out", out)
+    assert result.status == 0, result.err
+    metrics = read_metrics(out)
+    found = metrics["rfid"], metrics["kid"]
+    assert found == pytest.approx(distances_of_seen(bare_network), abs=1e-6)
+
+
 def test_samples_as_arrays(finished, run_command, tmp_path):
     path = tmp_path / "x.npz"
     options = ["--n", 25, "--classes", 4, 1, 1, "--steps", 1]
@@ -4627,7 +5037,9 @@ BAD_SAMPLE_WORDS = [
     ("RUN --runs 1001", "--runs 1001 must lie in 1 to 1,000"),
     ("RUN --runs 100000000000000000000", "must lie in 1 to 1,000"),
     ("RUN --out old.png", "old.png exists: choose another --out"),
+    ("RUN --weights x.pth", "--weights is the network of FID and KID, of --reconstruct alone"),
     # what the run does not fit
+    ("RUN --reconstruct shapes --weights gone.pth", "cannot read gone.pth"),
     ("RUN --retain nowhere", "no data at 'nowhere'"),
     ("RUN --steps 0", "sampling_steps is 0: it must lie in [1, 10000]"),
     ("RUN --steps -1", "sampling_steps is -1: it must lie in [1, 10000]"),

@@ -79,6 +79,7 @@ from sample import (
     draw_curves,
     encode_all,
     evenly_spaced,
+    find_inception,
     load_config,
     load_convnet,
     make_config,
@@ -136,6 +137,12 @@ def parse_arguments():
         help="what to train; generator: only if there is a tokenizer (default %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a local file of the FID network, for rfid and kid (default: the published one, if "
+        "fid.py has downloaded it)",
+    )
     add_setting_flags(parser)
     args = parser.parse()
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
@@ -963,6 +970,7 @@ def train(args, c, device):
     torch.manual_seed(c.seed)
     # What may fail for want of a file comes before anything is written.
     lpips = load_lpips(device) if c.lambda_perceptual else None
+    inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
 
     with contextlib.ExitStack() as stack:
         if RANK == 0:
@@ -980,7 +988,7 @@ def train(args, c, device):
         if WORLD_SIZE > 1:
             dist.barrier()  # the others wait for the teacher
         teacher = load_teacher(args.out, c)
-        run = Run(c, args.out, data, teacher, device)
+        run = Run(c, args.out, data, teacher, device, inception)
 
         metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
         model, hist_before, figures = train_tokenizer(run, lpips)  # only read if it is complete

@@ -43,6 +43,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tarfile
@@ -756,9 +757,9 @@ def leave_out(measures, reason):
 # ================================================================================================
 # 4. Images from anywhere
 # ================================================================================================
-# A data SPEC is `shapes` (drawn on the spot), `cifar10` (downloaded once into data/), a folder
-# (class sub-folders, or flat; its train/ and val/ or test/ if it has them) or an .npz (first array
-# uint8 (N, H, W, 3), optional `labels`).
+# A data SPEC is `shapes` (drawn on the spot), `cifar10` or `imagenette` (downloaded once into
+# data/), a folder (class sub-folders, or flat; its train/ and val/ or test/ if it has them) or an
+# .npz (first array uint8 (N, H, W, 3), optional `labels`).
 
 # torchrun's processes on this machine
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -783,6 +784,11 @@ def load_data(spec, size, seed=0, decode_later=False):
         return Data(*train, *val, list(SHAPES))
     if spec == "cifar10":
         return read_cifar10(fetch("cifar-10-binary.tar.gz", "data"), size)
+    if spec == "imagenette":
+        archive = fetch("imagenette2-160.tgz", "data")
+        folder = unpack(archive, "imagenette2-160")
+        data = load_data(folder, size, seed, decode_later)
+        return data._replace(classes=[IMAGENETTE_CLASSES[name] for name in data.classes])
 
     path = Path(spec)
     for name in ("val", "test"):
@@ -829,7 +835,8 @@ def list_images(path, classes=None):
         return list_folder(path, classes)
     if path.suffix != ".npz" or not path.is_file():
         raise BadInput(
-            f"no data at {str(path)!r}: want shapes, cifar10, a folder of images, or an .npz file"
+            f"no data at {str(path)!r}: "
+            "want shapes, cifar10, imagenette, a folder of images, or an .npz file"
         )
     return list_arrays(path, read_arrays(path))
 
@@ -903,6 +910,21 @@ def read_cifar10(path, size):
     images = read_all(Listing("CIFAR-10", arrays, labels, CIFAR10_CLASSES), size).items
     n = len(every) - len(records["test_batch.bin"])
     return Data(images[:n], labels[:n], images[n:], labels[n:], CIFAR10_CLASSES)
+
+
+# Imagenette's folders are called after WordNet; the words are of Deng et al.'s ImageNet.
+IMAGENETTE_CLASSES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
 
 
 # image: uint8 (3, H, W), or None if it cannot be read, and then `problem` says why
@@ -1227,6 +1249,10 @@ PUBLISHED = {
         "https://www.cs.toronto.edu/~kriz/",
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     ),
+    "imagenette2-160.tgz": Published(
+        "https://s3.amazonaws.com/fast-ai-imageclas/",
+        "64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db02fe5",
+    ),
     "dinov2_vits14_pretrain.pth": Published(
         "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/",
         "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
@@ -1275,6 +1301,28 @@ def fetch(name, folder=None):
             f"SHA-256 {digest}"
         ) from None
     return path
+
+
+def unpack(archive, name):
+    """The folder `name` of a tar archive, unpacked beside it -> its path.
+
+    It is there whole or not at all: what is unpacked is renamed when it is complete.
+    """
+    folder = archive.with_name(name)
+    if folder.is_dir():
+        return folder
+    part = archive.with_name(f".{name}.{os.getpid()}.part")
+    note(f"unpacking {archive}")
+    try:
+        with tarfile.open(archive) as members:
+            members.extractall(part, filter="data")  # nothing outside, no links to there
+        (part / name).rename(folder)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        if not folder.is_dir():  # another process may have been faster
+            raise BadInput(f"cannot unpack {archive} to {folder}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def read_arrays(path):

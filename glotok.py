@@ -67,7 +67,7 @@ class Config:
     """
 
     # data and teacher
-    data: str = setting("shapes", "shapes, cifar10, a folder of images, or an .npz of uint8 images")
+    data: str = setting("shapes", "shapes, cifar10, imagenette, a folder, or an .npz of images")
     teacher: str = setting("convnet", "convnet, dinov2, sphere, or FILE[:TENSOR] of vectors (n, d)")
     teacher_centres: int = setting(1024, "k-means centres that stand for its features", 2)
     teacher_images: int = setting(0, "training images that a teacher network sees; 0: all")

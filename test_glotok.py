@@ -2424,6 +2424,78 @@ def test_cifar_records_are_read_in_place(tmp_path):
     assert list(tmp_path.iterdir()) == [path]  # nothing unpacked
 
 
+def jpeg(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def imagenette(tmp_path, monkeypatch):
+    """A small archive of Imagenette's layout in data/, believed to be the published one."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("data/imagenette2-160.tgz")
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as archive:
+        for split, n in (("train", 3), ("val", 1)):
+            for k, name in enumerate(fid.IMAGENETTE_CLASSES):
+                for i in range(n):
+                    content = jpeg(20 * k)
+                    add_to_archive(archive, f"imagenette2-160/{split}/{name}/{i}.JPEG", content)
+    publish(path, monkeypatch)
+    return path
+
+
+def publish(path, monkeypatch):
+    """Let the file at `path` be the published one of its name."""
+    published = fid.Published("https://nowhere.invalid/", fid.sha256(path))
+    monkeypatch.setitem(fid.PUBLISHED, path.name, published)
+
+
+def test_imagenette_is_unpacked_once_and_its_classes_are_words(imagenette):
+    data = fid.load_data("imagenette", 16)
+    assert data.classes[:2] == ["tench", "English springer"]
+    assert data.train.shape == (30, 3, 16, 16)
+    assert data.val.shape == (10, 3, 16, 16)
+    for images, labels in ((data.train, data.train_labels), (data.val, data.val_labels)):
+        shade = images[:, 0].float().mean((1, 2))
+        torch.testing.assert_close(shade, 20.0 * labels, atol=3, rtol=0)
+    assert sorted(p.name for p in Path("data").iterdir()) == ["imagenette2-160", imagenette.name]
+
+    marker = Path("data/imagenette2-160/train/n01440764/3.JPEG")
+    marker.write_bytes(jpeg(0))  # unpacking again would remove it
+    assert len(fid.load_data("imagenette", 16).train) == 31
+
+
+def spoil_archive(path, damage, monkeypatch):
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-200])
+    if damage == "climbs out":
+        with tarfile.open(path, "w:gz") as archive:
+            add_to_archive(archive, "imagenette2-160/train/n01440764/0.JPEG", jpeg(0))
+            add_to_archive(archive, "../../escaped.txt", b"bad")
+    if damage == "no space":
+
+        def write_some(self, path, filter):
+            (path / "imagenette2-160").mkdir(parents=True)
+            (path / "imagenette2-160" / "0.JPEG").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(tarfile.TarFile, "extractall", write_some)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "climbs out", "no space"])
+def test_a_bad_archive_leaves_nothing_unpacked(damage, imagenette, monkeypatch):
+    spoil_archive(imagenette, damage, monkeypatch)
+    with pytest.raises(BadInput, match="is not the published file|No space"):
+        fid.load_data("imagenette", 16)
+    publish(imagenette, monkeypatch)  # even if its hash were right
+    with pytest.raises(BadInput, match="cannot unpack data/imagenette2-160.tgz"):
+        fid.load_data("imagenette", 16)
+    assert [p.name for p in Path("data").iterdir()] == [imagenette.name]
+    assert not list(Path().rglob("escaped*"))
+
+
 def test_downloads_are_checked_and_put_in_place_whole(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     (tmp_path / "thing").write_bytes(b"published bytes")
@@ -4189,6 +4261,7 @@ def assert_leaves_nothing(run_command, words, expected):
     "words, expected",
     [
         ("--data cifar10", "cannot download cifar-10-binary"),
+        ("--data imagenette", "cannot download imagenette2-160.tgz"),
         ("--teacher dinov2", "cannot download dinov2"),
         ("--semantic fqgan --teacher dinov2", "cannot download"),
         ("--lambda_perceptual 1", "cannot download vgg16"),
@@ -4202,11 +4275,12 @@ HUB = ".cache/torch/hub/checkpoints"
 
 
 @pytest.mark.usefixtures("few_shapes")
-@pytest.mark.parametrize("words", ["--data cifar10", "--teacher dinov2"])
+@pytest.mark.parametrize("words", ["--data cifar10", "--data imagenette", "--teacher dinov2"])
 def test_a_hostile_file_in_the_place_of_a_download_is_not_read(words, home, run_command):
     """An archive and a pickle; their SHA-256 comes first."""
     places = {
         "--data cifar10": Path("data/cifar-10-binary.tar.gz"),
+        "--data imagenette": Path("data/imagenette2-160.tgz"),
         "--teacher dinov2": home / HUB / "dinov2_vits14_pretrain.pth",
     }
     path = places[words]
@@ -4261,13 +4335,42 @@ def test_a_damaged_log_is_named(line, copied_small_run, run_command):
 # ---- losses, rivals, teachers
 
 
-def test_every_loss_can_be_switched_on_and_off(small_flags, tmp_path, monkeypatch, run_command):
-    def load_random_lpips(device):
-        return LPIPS().to(device)
+@pytest.fixture(scope="module")
+def lpips_file(tmp_path_factory):
+    """A file of LPIPS with random weights, in float16."""
+    path = tmp_path_factory.mktemp("lpips") / "lpips.pth"
+    torch.save({name: x.half() for name, x in LPIPS().state_dict().items()}, path)
+    return path
 
-    monkeypatch.setattr(train, "load_lpips", load_random_lpips)
+
+def test_lpips_is_loaded_from_a_local_file(lpips_file):
+    net = train.load_lpips(lpips_file, torch.device("cpu"))
+    saved = torch.load(lpips_file, weights_only=True)
+    assert net.state_dict().keys() == saved.keys()
+    for name, x in net.state_dict().items():
+        assert torch.equal(x, saved[name].float()), name
+
+
+@pytest.mark.parametrize("damage", ["no head", "other shape", "other names"])
+def test_another_lpips_file_is_refused(damage, lpips_file, small_flags, tmp_path, run_command):
+    state = torch.load(lpips_file, weights_only=True)
+    if damage == "no head":
+        del state["lin4.model.1.weight"]
+    if damage == "other shape":
+        state["lin0.model.1.weight"] = torch.zeros(1, 32, 1, 1)
+    if damage == "other names":
+        state = {f"vgg.{name}": x for name, x in state.items()}
+    torch.save(state, tmp_path / "bad.pth")
+    words = ["--lambda_perceptual", 1, "--lpips", tmp_path / "bad.pth", "--out", tmp_path / "run"]
+    result = run_command(train, *small_flags, *words)
+    assert result.status == 2
+    assert "bad.pth holds other weights" in result.err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_loss_can_be_switched_on_and_off(small_flags, lpips_file, tmp_path, run_command):
     off = ["--lambda_hist", 0, "--lambda_res", 0]
-    perceptual = ["--image_size", 32, "--lambda_perceptual", 0.1]
+    perceptual = ["--image_size", 32, "--lambda_perceptual", 0.1, "--lpips", lpips_file]
     adversarial = ["--lambda_adv", 0.5, "--adv_start", 3, "--adv_ramp", 2]
     disc = ["--disc_channels", 8, "--disc_layers", 1]
     flags = [*small_flags, *off, *perceptual, *adversarial, *disc]

@@ -143,6 +143,12 @@ def parse_arguments():
         help="a local file of the FID network, for rfid and kid (default: the published one, if "
         "fid.py has downloaded it)",
     )
+    parser.add_argument(
+        "--lpips",
+        metavar="FILE",
+        help="a local file of LPIPS, VGG16's convolutions and the heads, for lambda_perceptual "
+        "(default: the published ones, downloaded once)",
+    )
     add_setting_flags(parser)
     args = parser.parse()
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
@@ -529,9 +535,12 @@ def read_vectors(path, name=""):
     return vectors
 
 
-def load_lpips(device):
-    """LPIPS with the published weights: VGG16's, and the heads'."""
+def load_lpips(file, device):
+    """LPIPS with the weights in `file` or, if that is None, the published ones."""
     net = LPIPS()
+    if file:
+        load_weights(Path(file), net)
+        return net.to(device)
     state = {}
     for name in ("vgg16-397923af.pth", "vgg.pth"):
         state |= load_checkpoint(fetch(name))
@@ -969,7 +978,7 @@ def train(args, c, device):
     )
     torch.manual_seed(c.seed)
     # What may fail for want of a file comes before anything is written.
-    lpips = load_lpips(device) if c.lambda_perceptual else None
+    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
 
     with contextlib.ExitStack() as stack:

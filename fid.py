@@ -629,9 +629,7 @@ def measure(name, items, net, device, keep=(), skip_bad=False):
     if n < 2:
         raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
     if n < 2048:
-        note(
-            f"{name} has {n} images: below 2,048 FID and sFID are biased upward, badly; KID is not"
-        )
+        note(f"{n} images in {name}: below 2,048 FID and sFID are biased upward, badly; KID is not")
     if n < len(items):  # unreadable ones were left out
         features = None if features is None else features[:n]
         logits = None if logits is None else logits[:n]

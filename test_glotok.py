@@ -4142,6 +4142,7 @@ def bare_network(monkeypatch):
 
     def load_inception(file, device):
         assert file == "bare.pth"
+        torch.rand(3)  # as InceptionV3 does for its first weights
         return net
 
     monkeypatch.setattr(sample, "load_inception", load_inception)
@@ -4169,7 +4170,8 @@ def test_reconstruct_reports_fid_and_kid(finished, bare_network, run_command, tm
 
 
 @pytest.mark.usefixtures("quick_distance", "few_shapes")
-def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path):
+def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     steps = ["--stage", "tokenizer", "--tokenizer_steps", 2]
     out = tmp_path / "run"
     result = run_command(train, *FLAGS, *steps, "--weights", "bare.pth", "--out", out)
@@ -4177,6 +4179,12 @@ def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path):
     metrics = read_metrics(out)
     found = metrics["rfid"], metrics["kid"]
     assert found == pytest.approx(distances_of_seen(bare_network), abs=1e-6)
+
+    result = run_command(train, *FLAGS, *steps, "--out", tmp_path / "other")
+    assert result.status == 0
+    assert "FID and KID will not be measured" in result.err
+    assert not {"rfid", "kid"} & read_metrics(tmp_path / "other").keys()
+    assert_same_weights(out, tmp_path / "other", "tokenizer")
 
 
 def test_samples_as_arrays(finished, run_command, tmp_path):

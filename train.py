@@ -896,10 +896,11 @@ def train(args, c, device):
         f"{c.classes} classes, training images {where}",
         file=sys.stderr,
     )
-    torch.manual_seed(c.seed)
-    # What may fail for want of a file comes before anything is written.
-    lpips = load_lpips(device) if c.lambda_perceptual else None
+    # What may fail for want of a file comes before anything is written; the FID network before the
+    # seed, for it draws random numbers, and training must not depend on whether it is there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
+    torch.manual_seed(c.seed)
+    lpips = load_lpips(device) if c.lambda_perceptual else None
 
     with contextlib.ExitStack() as stack:
         if RANK == 0:

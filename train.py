@@ -897,7 +897,7 @@ def train(args, c, device):
         file=sys.stderr,
     )
     # What may fail for want of a file comes before anything is written; the FID network before the
-    # seed, for it draws random numbers, and training must not depend on whether it is there.
+    # seed, for it draws random numbers, and no teacher must depend on whether it is there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
     torch.manual_seed(c.seed)
     lpips = load_lpips(device) if c.lambda_perceptual else None

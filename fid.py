@@ -593,10 +593,10 @@ class RunningMoments:
 
 
 @torch.no_grad()
-def measure(name, items, net, device, each=(), skip_bad=False):
+def measure(name, items, net, device, keep=(), skip_bad=False):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
 
-    Of "features" and "logits" those named in `each` are kept for each image, else None. `name` is
+    Of "features" and "logits" those named in `keep` are kept for each image, else None. `name` is
     for messages.
     BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
     """
@@ -612,8 +612,8 @@ def measure(name, items, net, device, each=(), skip_bad=False):
     pooled = RunningMoments(2048, device)
     spatial = RunningMoments(2023, device)
     # memory is taken when it is written to
-    features = torch.empty(len(items), 2048) if "features" in each else None
-    logits = torch.empty(len(items), 1008) if "logits" in each else None
+    features = torch.empty(len(items), 2048) if "features" in keep else None
+    logits = torch.empty(len(items), 1008) if "logits" in keep else None
     n = 0
     numbered_images = read_images(name, items, tolerated=1 if skip_bad else 0)
     for _, group in itertools.groupby(numbered_images, batch_and_shape):
@@ -622,17 +622,15 @@ def measure(name, items, net, device, each=(), skip_bad=False):
             batch_features, batch_logits, batch_spatial = net(images)
         pooled.add(batch_features)
         spatial.add(batch_spatial)
-        if "features" in each:
+        if "features" in keep:
             features[n : n + len(images)] = batch_features
-        if "logits" in each:
+        if "logits" in keep:
             logits[n : n + len(images)] = batch_logits
         n += len(images)
     if n < 2:
         raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
     if n < 2048:
-        note(
-            f"{name} has {n} images: below 2,048 FID and sFID are biased upward, badly; KID is not"
-        )
+        note(f"{n} images in {name}: below 2,048 FID and sFID are biased upward, badly; KID is not")
     if n < len(items):  # unreadable ones were left out
         features = None if features is None else features[:n]
         logits = None if logits is None else logits[:n]

@@ -5,8 +5,8 @@ New images, as a picture, or as arrays for fid.py and ADM's evaluator:
     python sample.py runs/shapes --n 64 --guidance 2 --steps 25 --seed 1 --out grid.png
     python sample.py runs/shapes --n 10000 --out samples.npz
 
-Originals over reconstructions and their PSNR; figure 4 of the paper, what each half of the tokens
-carries; table 3, how evenly the semantic latents lie:
+Originals over reconstructions, their PSNR, FID and KID; figure 4 of the paper, what each half of
+the tokens carries; table 3, how evenly the semantic latents lie:
 
     python sample.py runs/shapes --reconstruct shapes --out pairs.png
     python sample.py runs/shapes --retain shapes --out halves.png

@@ -3083,15 +3083,15 @@ def frechet_of_few(x, y):
     return shift + (a**2).sum() + (b**2).sum() - 2 * cross
 
 
-@pytest.fixture
-def two_threads():
-    """The eigenvalues of matrices of 2,048 take seconds on one."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def distance_for_tests(mu1, sigma1, mu2, sigma2):
+    """Of all four, and in this order: a quick stand-in for frechet_distance."""
+    [d] = mu1.shape
+    assert d in (2048, 2023)
+    assert mu2.shape == (d,)
+    assert sigma1.shape == sigma2.shape == (d, d)
+    return float(mu1[0] - 2 * mu2[0] + 3 * sigma1[0, 0] - 4 * sigma2[0, 0])
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_fid_command(tmp_path, inception_file, run_command, monkeypatch):
     """Folders of mixed sizes, arrays and statistics: NumPy's distance of the same features."""
     a = tmp_path / "a"
@@ -3126,19 +3126,13 @@ def test_fid_command(tmp_path, inception_file, run_command, monkeypatch):
     # the saved statistics against an array of the same images
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(b.iterdir())])
     np.savez(tmp_path / "b.npz", arr_0=images)
+    monkeypatch.setattr(fid, "frechet_distance", distance_for_tests)
     words = [tmp_path / "a.npz", tmp_path / "b.npz", "--weights", inception_file]
     result = run_command(fid, *words, "--only", "fid")
+    moments = [features_a.mean(0), np.cov(features_a.T), features_b.mean(0), np.cov(features_b.T)]
     assert list(read_figures(result)) == ["fid"]
-    assert float(read_figures(result)["fid"]) == pytest.approx(float(figures["fid"]), rel=1e-4)
-
-
-def distance_for_tests(mu1, sigma1, mu2, sigma2):
-    """Of all four, and in this order: a quick stand-in for frechet_distance."""
-    [d] = mu1.shape
-    assert d in (2048, 2023)
-    assert mu2.shape == (d,)
-    assert sigma1.shape == sigma2.shape == (d, d)
-    return float(mu1[0] - 2 * mu2[0] + 3 * sigma1[0, 0] - 4 * sigma2[0, 0])
+    found = float(read_figures(result)["fid"])
+    assert found == pytest.approx(distance_for_tests(*moments), rel=1e-3)
 
 
 @pytest.fixture
@@ -5041,6 +5035,7 @@ def bare_network(monkeypatch):
 
     def load_inception(file, device):
         assert file == "bare.pth"
+        torch.rand(3)  # as InceptionV3 does for its first weights
         return net
 
     monkeypatch.setattr(sample, "load_inception", load_inception)
@@ -5068,7 +5063,15 @@ def test_reconstruct_reports_fid_and_kid(finished, bare_network, run_command, tm
 
 
 @pytest.mark.usefixtures("quick_distance", "few_shapes")
-def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path):
+def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    draws = []
+
+    def make_teacher(*args, make_teacher=train.make_teacher):
+        draws.append(torch.rand(1).item())
+        return make_teacher(*args)
+
+    monkeypatch.setattr(train, "make_teacher", make_teacher)
     steps = ["--stage", "tokenizer", "--tokenizer_steps", 2]
     out = tmp_path / "run"
     result = run_command(train, *FLAGS, *steps, "--weights", "bare.pth", "--out", out)
@@ -5076,6 +5079,12 @@ def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path):
     metrics = read_metrics(out)
     found = metrics["rfid"], metrics["kid"]
     assert found == pytest.approx(distances_of_seen(bare_network), abs=1e-6)
+
+    result = run_command(train, *FLAGS, *steps, "--out", tmp_path / "other")
+    assert result.status == 0
+    assert "FID and KID will not be measured" in result.err
+    assert not {"rfid", "kid"} & read_metrics(tmp_path / "other").keys()
+    assert draws[0] == draws[1]  # the network's own draws change nothing
 
 
 def test_samples_as_arrays(finished, run_command, tmp_path):

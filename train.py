@@ -976,10 +976,11 @@ def train(args, c, device):
         f"{c.classes} classes, training images {where}",
         file=sys.stderr,
     )
-    torch.manual_seed(c.seed)
-    # What may fail for want of a file comes before anything is written.
-    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+    # What may fail for want of a file comes before anything is written, and before the seed: making
+    # these networks draws random numbers, and no teacher must depend on whether they are there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
+    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+    torch.manual_seed(c.seed)
 
     with contextlib.ExitStack() as stack:
         if RANK == 0:

@@ -4010,11 +4010,13 @@ def test_random_crops_stay_within_their_bounds():
         assert found.shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_batches_are_cropped_as_asked(in_memory, tmp_path):
+@pytest.mark.parametrize("kind", ["tensor", "arrays", "files"])
+def test_batches_are_cropped_as_asked(kind, tmp_path):
     pictures = [gradient_picture(32, 32), gradient_picture(32, 32).rotate(90)]
-    if in_memory:
+    if kind == "tensor":
         items = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    elif kind == "arrays":
+        items = np.stack([np.array(p) for p in pictures])
     else:
         items = [tmp_path / f"{i}.png" for i in range(2)]
         for path, picture in zip(items, pictures):
@@ -4028,17 +4030,20 @@ def test_batches_are_cropped_as_asked(in_memory, tmp_path):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-@pytest.mark.parametrize("data", ["folder", "array"])
-def test_training_on_crops_resumes_and_decodes_whole_pictures(data, tmp_path, run_command):
-    if data == "folder":
-        for k in range(2):
-            save_pictures(tmp_path / "data" / f"class{k}", 10, size=40, seed=k)
-        spec = tmp_path / "data"
-    else:
-        spec = tmp_path / "data.npz"
-        images, labels = fid.draw_shapes(20, 16, 0)
-        np.savez(spec, images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    flags = [*FLAGS, "--data", spec, "--stage", "tokenizer", "--crop", 0.6, "--cooldown", 0]
+def test_training_on_crops_resumes_and_decodes_whole_pictures(tmp_path, run_command):
+    for k in range(2):
+        save_pictures(tmp_path / "data" / f"class{k}", 10, size=40, seed=k)
+    flags = [
+        *FLAGS,
+        "--data",
+        tmp_path / "data",
+        "--stage",
+        "tokenizer",
+        "--crop",
+        0.6,
+        "--cooldown",
+        0,
+    ]
     whole = tmp_path / "whole"
     halves = tmp_path / "halves"
     result = run_command(train, *flags, "--tokenizer_steps", 8, "--out", whole)
@@ -4377,15 +4382,26 @@ def test_every_loss_can_be_switched_on_and_off(small_flags, lpips_file, tmp_path
     assert "hist" not in row
 
 
-@pytest.mark.parametrize("semantic, loss", [("fqgan", "contrastive"), ("vavae", "vf")])
-def test_the_rivals_train_resume_and_sample(
-    semantic, loss, small_flags, tmp_path, monkeypatch, run_command
-):
-    # The teacher need not be good here.
+@pytest.fixture
+def quick_convnet(monkeypatch):
+    """Flags of a convnet teacher that is trained for 20 steps: it need not be good."""
     train_briefly = functools.partial(train.train_convnet, steps=20)
     monkeypatch.setattr(train, "train_convnet", train_briefly)
-    teacher = ["--teacher", "convnet", "--teacher_centres", 64, "--semantic", semantic]
-    flags = [*small_flags, *teacher, "--generator", "far", "--top_k", 8]
+    return ["--teacher", "convnet", "--teacher_centres", 64]
+
+
+def test_vavaes_supervision_trains(small_flags, quick_convnet, tmp_path, run_command):
+    flags = ["--semantic", "vavae", "--stage", "tokenizer", "--tokenizer_steps", 5]
+    result = run_command(train, *small_flags, *quick_convnet, *flags, "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    [row] = read_rows(tmp_path / "run")
+    assert 0 < row["vf"] < 3.25  # 2 - 0.25 and 2 - 0.5 at most
+    assert "hist" not in row
+
+
+def test_the_rivals_train_resume_and_sample(small_flags, quick_convnet, tmp_path, run_command):
+    flags = [*small_flags, *quick_convnet, "--semantic", "fqgan"]
+    flags += ["--generator", "far", "--top_k", 8]
     whole = tmp_path / "whole"
     halves = tmp_path / "halves"
     assert run_command(train, *flags, "--out", whole).status == 0
@@ -4396,7 +4412,7 @@ def test_the_rivals_train_resume_and_sample(
     assert torch.load(halves / "generator.pt", weights_only=True)["step"] == 20
 
     rows = read_rows(whole)
-    assert 0 < rows[0][loss] < math.log(8) + 2  # similarities lie in [-1, 1]
+    assert 0 < rows[0]["contrastive"] < math.log(8) + 2  # similarities lie in [-1, 1]
     assert "hist" not in rows[0]
     assert rows[-1]["cross_entropy"] < math.log(24)
     result = run_command(sample, whole, "--n", 4, "--out", tmp_path / "x.npz")
@@ -4482,7 +4498,7 @@ def fake_encoding(monkeypatch, n):
 def generator_run(folder, config, labels):
     data = fid.Data(labels, labels, labels, labels, ["a", "b", "c"])
     folder.mkdir()
-    return sample.Run(config, folder, data, {}, torch.device("cpu"))
+    return sample.Run(config, folder, data, {}, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("flip", [0, 1])

@@ -468,7 +468,9 @@ CURVES = [
     ("tokenizer", "L_G and the discriminator's loss", "line", ["adv", "disc"]),
     ("generator", "flow matching (xar)", "log", ["flow"]),
     ("generator", "cross-entropy (far), nats", "line", ["cross_entropy"]),
-    ("tokenizer", "FQGAN's losses", "line", ["contrastive", "disentangle", "entropy"]),
+    ("tokenizer", "FQGAN: contrastive loss, nats", "line", ["contrastive"]),
+    ("tokenizer", "FQGAN: disentanglement", "log", ["disentangle"]),
+    ("tokenizer", "FQGAN: entropy loss, nats", "line", ["entropy"]),
     ("tokenizer", "VA-VAE's L_vf", "line", ["vf"]),
 ]
 

@@ -1456,7 +1456,7 @@ def contrastive_loss(prediction, target):
     """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats."""
     with full_precision(prediction.device):
         prediction = F.normalize(prediction.float(), dim=1)
-        target = F.normalize(target.float(), dim=1)
+        target = F.normalize(target.detach().float(), dim=1)
         similarity = prediction @ target.T  # (B, B)
         itself = torch.arange(len(target), device=target.device)
         return F.cross_entropy(similarity, itself)
@@ -1508,7 +1508,7 @@ def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
     The maps are averaged over each token's area.
     """
     side = math.isqrt(projected.shape[1])
-    maps = F.adaptive_avg_pool2d(maps.float(), side)  # (B, D, h, w)
+    maps = F.adaptive_avg_pool2d(maps.detach().float(), side)  # (B, D, h, w)
     with full_precision(projected.device):
         target = F.normalize(maps.flatten(2).transpose(1, 2), dim=2)  # (B, T, D)
         z = F.normalize(projected.float(), dim=2)

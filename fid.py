@@ -3,7 +3,7 @@
     python fid.py REFERENCE SAMPLES                               # every measure
     python fid.py REFERENCE SAMPLES --only fid kid                # some
     python fid.py cifar10 samples.npz --save-stats cifar10.npz    # keep the reference's statistics
-    python fid.py cifar10.npz OTHER                               # and use them again
+    python fid.py cifar10.npz OTHER                               # for fid and sfid, again
 
     line              what it asks                          what fools it
     fid V             do the features of both sets have     few images raise it; so do JPEG and
@@ -13,16 +13,21 @@
     kid MEAN STD      FID's question, without bias from     JPEG, another resizer, memorising; few
                       few images                            images make it noisy
     is MEAN STD       is each sample of one clear class,    one good image a class; it never sees
-                      and are there many classes?           the reference
+                      and are there many classes?           the reference; few images lower it
     precision V       how many samples look real?           the same real image, again and again
     recall V          how much of the real is covered?      rare bad samples far out, whose balls
-                      (both of features)                    are wide; memorising lifts both to 1
+                      (both of features)                    are wide; memorising lifts both
     psnr V            how well is each pixel restored?      blur (only of pairs: --paired)
 
+Which to use: below some 10,000 images kid; fid and sfid beside numbers of the same N and the same
+reference; precision and recall at equal numbers of images. Images are stretched to 299x299 as they
+are: crop and shrink both sets alike before.
+
 Section 1 gives the formula of each. REFERENCE and SAMPLES are each a folder of images, an .npz of
-images (first array uint8 (N, H, W, 3)), an .npz of statistics (mu and sigma, as pytorch-fid writes
-them, with mu_s and sigma_s as ADM's evaluator does, maybe beside images arr_0), or cifar10 or
-shapes, their training images.
+images (first array uint8 (N, H, W, 3)), an .npz of statistics (mu and sigma, maybe mu_s and
+sigma_s, maybe beside images arr_0), or cifar10 or shapes, their training images. Statistics of
+ADM's evaluator are of this protocol; those of pytorch-fid have the same form, but it resizes
+otherwise, so that they do not go with samples that are measured here.
 
 This file needs torch, numpy and pillow, and no other file. Its sections:
 
@@ -72,31 +77,32 @@ class BadInput(ValueError):
 # 1. The measures
 # ================================================================================================
 # All but PSNR see an image through a network: its 2,048 pooled features (sFID: 2,023 spatial ones;
-# the Inception Score: 1,008 logits). Only numbers of one protocol can be compared. Here it is that
-# of ADM's evaluator: the network of section 2, its resizing, the conventions below.
+# the Inception Score: 1,008 logits). Only numbers of one protocol can be compared. FID, sFID,
+# precision and recall are those of ADM's evaluator, KID and the Inception Score torch-fidelity's.
 #
-# FID (Heusel et al. 2017) takes each set of features for a Gaussian with mean mu and covariance S,
+# FID (Heusel et al. 2017) models each set of features as a Gaussian with mean mu and covariance S,
 # and measures the Frechet distance between the two:
 #
 #     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 #
-# S_1 S_2 is not symmetric, and its root by the usual routine turns imaginary when images are fewer
-# than features. But for any R with R R^T = S_1, S_1 S_2 = R (R^T S_2) has the eigenvalues of
-# R^T S_2 R (those of A B are those of B A), which is symmetric and positive semi-definite: the
-# trace of the root is the sum of their square roots. With S_1 = V L V^T take R = V L^(1/2).
+# S_1 S_2 is not symmetric, and scipy's root of it turns imaginary when images are fewer than
+# features. But let S_1 = V L V^T (eigenvectors, eigenvalues) and R = V L^(1/2), so that R R^T =
+# S_1. A B and B A share their eigenvalues, so S_1 S_2 = R (R^T S_2) has those of R^T S_2 R, which
+# is symmetric and positive semi-definite: the trace of the root is the sum of their square roots.
 #
 # sFID (Nash et al. 2021) is the same distance of features that still know where they are.
 #
 # What fools both. The sampling error of mu and S counts as distance, so that N images give about
 #
-#     FID_N = FID_inf + b / N,        b > 0, another one for each model.
+#     FID_N = FID_inf + b / N,        in practice b > 0, another one for each model,
 #
-# So a FID of 2.1 on 10,000 images and one of 2.1 on 50,000 are two results: if the models have the
-# same b, the first number holds five times the bias, and its model is the better one. Half of the
-# images tell how large the bias is: FID_inf = 2 FID_N - FID_(N/2), nearly free of it (Chong and
-# Forsyth 2020 put a line through more points). At 2,048 images or fewer S is singular, and the bias
-# large. JPEG and another resizer count as distance, though no eye sees them. And copies of the
-# training set look like a perfect model.
+# if N images are sampled, the reference is fixed, and N is well above 2,048. So a FID of 2.1 on
+# 10,000 images and one of 2.1 on 50,000 are two results: if the models have the same b, the first
+# number holds five times the bias, and its model is the better one. A random half of the images
+# tells how large the bias is: FID_inf = 2 FID_N - FID_(N/2), nearly free of it (Chong and Forsyth
+# 2020 put a line through more points). At 2,048 images or fewer S is singular, and the bias large.
+# JPEG and another resizer count as distance, though no eye sees them (Parmar et al. 2022). And
+# copies of the training set look like a perfect model.
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -119,15 +125,19 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 #     KID = mean of k(x_i, x_j), i != j  +  mean of k(y_i, y_j), i != j  -  2 mean of k(x_i, y_j)
 #
 # Leaving the pairs i = j out makes it unbiased: below some 10,000 images it is the number to trust,
-# and it may come out below 0. As everybody does, mean and deviation of 100 subsets of 1,000 images
-# are given; they are torch-fidelity's subsets. What fools it: all that fools FID, but few images.
+# and it may come out below 0. As everybody does, we give mean and standard deviation over 100
+# subsets of 1,000 images (torch-fidelity's, if its first input is the reference). The deviation is
+# that of a subset, not the error of the mean. If y_i is made from x_i, a reconstruction, the two
+# are not independent, and the pairs i = j of the last term, too, are left out. What fools KID: all
+# that fools FID, except that few images merely make it noisy.
 
 
-def kernel_distance(features1, features2, subsets=100, size=1000):
+def kernel_distance(features1, features2, subsets=100, size=1000, paired=False):
     """KID of features (n, d) and (m, d) -> mean and standard deviation over the subsets.
 
-    Computed in float64. Where there are fewer than `size` images the subsets are smaller, with a
-    note. BadInput if there are fewer than 2.
+    paired: features2[i] is of a copy of image i. Computed in float64. Where there are fewer than
+    `size` images the subsets are smaller, with a note; where one subset is all images of both sets,
+    there is one, and its deviation is nan. BadInput if there are fewer than 2.
     """
     n = len(features1)
     m = len(features2)
@@ -136,19 +146,25 @@ def kernel_distance(features1, features2, subsets=100, size=1000):
     if min(n, m) < size:
         note(f"KID's subsets are of {min(n, m)} images, not {size}: there are {n} and {m}")
         size = min(n, m)
+    if size == n == m:
+        subsets = 1  # all are the same
     features1 = torch.as_tensor(features1)
     features2 = torch.as_tensor(features2)
     rng = np.random.RandomState(2020)
     progress = Progress("KID, subset", subsets)
     distances = []
     for i in range(subsets):
-        x = features1[rng.choice(n, size, replace=False)].double()
-        y = features2[rng.choice(m, size, replace=False)].double()
+        chosen = rng.choice(n, size, replace=False)
+        x = features1[chosen].double()
+        y = features2[chosen if paired else rng.choice(m, size, replace=False)].double()
         within = mean_of_pairs(cubic_kernel(x, x)) + mean_of_pairs(cubic_kernel(y, y))
-        distances.append(within - 2 * cubic_kernel(x, y).mean())
+        across = cubic_kernel(x, y)
+        across = mean_of_pairs(across) if paired else across.mean()
+        distances.append(within - 2 * across)
         progress.update(i + 1)
     distances = torch.stack(distances)
-    return distances.mean().item(), distances.std(correction=0).item()
+    deviation = distances.std(correction=0).item() if size < max(n, m) else float("nan")
+    return distances.mean().item(), deviation
 
 
 def cubic_kernel(x, y):
@@ -169,7 +185,8 @@ def mean_of_pairs(kernel):
 # Logits leave out the bias, as in ADM's evaluator and torch-fidelity. These two split the images
 # differently: torch-fidelity shuffles and makes 10 parts, as we do, ADM's takes each 5,000 in file
 # order, and finds less in a file sorted by class, whose parts show few kinds. What fools it: one
-# perfect image for each class scores as well as a thousand; so do copies of the training set.
+# perfect image for each class scores as well as a thousand; so do copies of the training set. And
+# it grows with N: a part of n images shows n kinds at most.
 
 
 def inception_score(logits, splits=10, split_size=None):
@@ -196,7 +213,7 @@ def inception_score(logits, splits=10, split_size=None):
 
 
 # Precision and recall (Kynkaanniemi et al. 2019) part what FID mixes: bad samples, and samples of
-# too few kinds. A set's manifold is the union of balls around its features, each as wide as the
+# too few kinds. A set's manifold is the union of balls around its features, the radius of each the
 # distance to the k-th nearest other one of the set, k = 3:
 #
 #     precision = share of samples inside the reference's manifold
@@ -204,7 +221,7 @@ def inception_score(logits, splits=10, split_size=None):
 #
 # What fools them: the numbers of images (more points, smaller balls), so compare at equal ones, as
 # ADM's 10,000 references and 50,000 samples; an outlier, whose ball is wide and covers much; copies
-# of the training set, which score 1 and 1.
+# of the reference, which score 1 and 1. (ADM's evaluator computes the distances in float16.)
 
 TILE = 2048  # rows and columns of the distances that are in memory at once
 
@@ -562,7 +579,7 @@ TAKES = {
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32 inside, whatever the caller has set: the figure must not depend on who asks."""
+    """No TF32 inside, even if the caller has set it: the figure must not depend on who asks."""
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -629,18 +646,17 @@ def measure(name, items, net, device, keep=(), skip_bad=False):
         n += len(images)
     if n < 2:
         raise BadInput(f"{name}: a covariance takes at least 2 images, and {n} could be read")
-    if n < 2048:
-        note(f"{n} images in {name}: below 2,048 FID and sFID are biased upward, badly; KID is not")
     if n < len(items):  # unreadable ones were left out
         features = None if features is None else features[:n]
         logits = None if logits is None else logits[:n]
     return Statistics(pooled.moments(n), spatial.moments(n), features, logits)
 
 
-def compare(reference, samples, wanted, device, split_size=None):
+def compare(reference, samples, wanted, device, split_size=None, paired=False):
     """Statistics of two sets -> {measure: its value, or (mean, deviation)}, those of `wanted`.
 
-    Precision and recall are computed on the device. split_size: see inception_score.
+    Precision and recall are computed on the device. split_size: see inception_score; paired: see
+    kernel_distance.
     """
     figures = {}
     if "fid" in wanted:
@@ -648,7 +664,7 @@ def compare(reference, samples, wanted, device, split_size=None):
     if "sfid" in wanted:
         figures["sfid"] = frechet_distance(*reference.spatial, *samples.spatial)
     if "kid" in wanted:
-        figures["kid"] = kernel_distance(reference.features, samples.features)
+        figures["kid"] = kernel_distance(reference.features, samples.features, paired=paired)
     if "is" in wanted:
         figures["is"] = inception_score(samples.logits, split_size=split_size)
     names = [name for name in ("precision", "recall") if name in wanted]
@@ -678,6 +694,8 @@ def read_set(spec):
     An .npz may hold statistics, images or both. If both, its statistics are believed to be those
     of more images, as in ADM's reference files.
     """
+    if spec == "imagenette":
+        raise BadInput("imagenette's photographs have many sizes: crop them alike, into a folder")
     if spec in ("shapes", "cifar10"):
         images = load_data(spec, 32).train
         return ImageSet(spec, images.permute(0, 2, 3, 1).numpy(), NOTHING_KNOWN)
@@ -699,12 +717,13 @@ def read_moments(spec, arrays, mu_name, sigma_name, d):
     """Two of a file's arrays -> Moments. BadInput if they are not finite or not of d features."""
     mu = arrays[mu_name]
     sigma = arrays[sigma_name]
-    shapes_fit = mu.shape == (d,) and sigma.shape == (d, d)
-    if not shapes_fit or not np.isfinite(sigma.sum() + mu.sum()):
+    if mu.shape != (d,) or sigma.shape != (d, d):
         raise BadInput(
-            f"{spec}: want finite statistics {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
+            f"{spec}: want statistics {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
             f"and it has {mu.shape} and {sigma.shape}"
         )
+    if not np.isfinite(sigma.sum() + mu.sum()):
+        raise BadInput(f"{spec}: {mu_name} or {sigma_name} holds NaN or infinity")
     return Moments(mu, sigma)
 
 
@@ -728,7 +747,7 @@ def statistics_of(image_set, parts, net, device, skip_bad):
 
 
 def save_moments(file, statistics):
-    """Moments -> an .npz, as ADM's evaluator and pytorch-fid read it."""
+    """Moments -> an .npz with mu and sigma and, if they are known, mu_s and sigma_s."""
     arrays = dict(zip(("mu", "sigma"), statistics.pooled))
     if statistics.spatial is not None:
         arrays |= dict(zip(("mu_s", "sigma_s"), statistics.spatial))
@@ -1576,6 +1595,19 @@ def possible_measures(wanted, reference, samples):
     return possible
 
 
+def note_on_numbers(image_sets, wanted):
+    """Say of how many images the figures are, and whether they are too few for FID.
+
+    (A file of statistics does not tell.)
+    """
+    measured = [each for each in image_sets if each.known.pooled is None]
+    for each in measured:
+        note(f"{each.name}: {len(each.items):,} images; compare with figures of as many")
+    few = any(len(each.items) < 2048 for each in measured)
+    if few and {"fid", "sfid"} & set(wanted):
+        note("below 2,048 images FID and sFID are biased upward, badly; KID is not")
+
+
 def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1599,9 +1631,10 @@ def main():
             of_samples.remove("logits")
     one = statistics_of(reference, of_reference, net, device, args.skip_bad)
     two = statistics_of(samples, of_samples, net, device, args.skip_bad)
+    note_on_numbers([reference, samples], wanted)
 
     split_size = 5000 if args.unshuffled else None
-    figures = compare(one, two, wanted, device, split_size)
+    figures = compare(one, two, wanted, device, split_size, args.paired)
     if args.paired:
         figures["psnr"] = mean_psnr(reference, samples)
     if not figures:

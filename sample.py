@@ -420,7 +420,7 @@ def find_inception(weights, device):
     if weights is None and not path.exists():
         note(
             f"FID and KID will not be measured, for {path} is not there: "
-            "fid.py downloads it, or give --weights FILE"
+            "the first run of fid.py downloads it; or give --weights FILE"
         )
         return None
     return load_inception(weights, device)
@@ -433,7 +433,7 @@ def reconstruction_distances(images, recon, inception, device):
     copies = recon.permute(0, 2, 3, 1).numpy()
     one = measure("held-out images", originals, inception, device, ["features"])
     two = measure("reconstructions", copies, inception, device, ["features"])
-    return compare(one, two, ["fid", "kid"], device)
+    return compare(one, two, ["fid", "kid"], device, paired=True)
 
 
 def device_name(device):

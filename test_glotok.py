@@ -2941,8 +2941,8 @@ def test_inception_score_of_sure_logits_counts_the_classes():
     assert mean == pytest.approx(7)
 
 
-def kernel_distance_by_loops(x, y, subsets, size):
-    """KID term by term, float64; the draws are torch-fidelity's."""
+def kernel_distance_by_loops(x, y, subsets, size, paired=False):
+    """KID term by term, float64; the draws are torch-fidelity's, or of pairs."""
     x = x.double().numpy()
     y = y.double().numpy()
     d = x.shape[1]
@@ -2953,16 +2953,18 @@ def kernel_distance_by_loops(x, y, subsets, size):
     rng = np.random.RandomState(2020)
     distances = []
     for _ in range(subsets):
-        a = x[rng.choice(len(x), size, replace=False)]
-        b = y[rng.choice(len(y), size, replace=False)]
-        within = 0
-        across = 0
+        chosen = rng.choice(len(x), size, replace=False)
+        a = x[chosen]
+        b = y[chosen if paired else rng.choice(len(y), size, replace=False)]
+        within = []
+        across = []
         for i in range(size):
             for j in range(size):
                 if i != j:
-                    within += kernel(a[i], a[j]) + kernel(b[i], b[j])
-                across += kernel(a[i], b[j])
-        distances.append(within / (size * (size - 1)) - 2 * across / size**2)
+                    within.append(kernel(a[i], a[j]) + kernel(b[i], b[j]))
+                if i != j or not paired:
+                    across.append(kernel(a[i], b[j]))
+        distances.append(np.mean(within) - 2 * np.mean(across))
     return np.mean(distances), np.std(distances)
 
 
@@ -2971,6 +2973,28 @@ def test_kernel_distance_equals_plain_loops():
     y = torch.rand(11, 6) + 0.3
     expected = kernel_distance_by_loops(x, y, subsets=4, size=5)
     assert fid.kernel_distance(x, y, subsets=4, size=5) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_of_pairs_leaves_the_pairs_out():
+    x = torch.rand(14, 6)
+    y = x + 0.1 * torch.rand(14, 6)
+    expected = kernel_distance_by_loops(x, y, subsets=4, size=5, paired=True)
+    found = fid.kernel_distance(x, y, subsets=4, size=5, paired=True)
+    assert found == pytest.approx(expected, rel=1e-9)
+    perfect, _ = fid.kernel_distance(x, x, subsets=4, size=5, paired=True)
+    assert perfect == pytest.approx(0, abs=1e-12)
+    biased, _ = fid.kernel_distance(x, x, subsets=4, size=14)
+    assert biased < -1e-3
+
+
+def test_one_subset_that_is_everything_has_no_deviation():
+    x = torch.rand(6, 4)
+    y = torch.rand(6, 4)
+    expected, _ = kernel_distance_by_loops(x, y, subsets=1, size=6)
+    mean, deviation = fid.kernel_distance(x, y)
+    assert mean == pytest.approx(expected, rel=1e-9)
+    assert math.isnan(deviation)
+    assert fid.kernel_distance(x, torch.rand(7, 4), subsets=3)[1] > 0
 
 
 def test_kernel_distance_is_unbiased():
@@ -3396,7 +3420,7 @@ BAD_WORDS = [
     ("A.npz ONE.npz --weights NET", "at least 2"),
     ("A.npz NOBODY.npz --weights NET", "at least 2"),
     ("A.npz NARROW.npz --weights NET", "mu (2048,)"),
-    ("A.npz NAN.npz --weights NET", "finite statistics"),
+    ("A.npz NAN.npz --weights NET", "holds NaN or infinity"),
     ("A.npz OBJECTS.npz --weights NET", "cannot read"),
     ("A.npz TORN.npz --weights NET", "cannot read"),
     ("A.npz text.npz --weights NET", "cannot read"),
@@ -5077,7 +5101,7 @@ def distances_of_seen(net):
     moments = []
     for x in features.split(20):
         moments += [x.mean(0), torch.cov(x.T)]
-    kid, _ = kernel_distance_by_loops(features[:20], features[20:], subsets=1, size=20)
+    kid, _ = kernel_distance_by_loops(features[:20], features[20:], subsets=1, size=20, paired=True)
     return distance_for_tests(*moments), kid
 
 

@@ -256,6 +256,36 @@ CIFAR10 = Config(
     sampling_steps=40,
 )
 
+CIFAR10_SMALL = replace(
+    CIFAR10,
+    patch=2,
+    channel_mult=(1, 2),
+    res_blocks=1,
+    z_channels=64,
+    width=64,
+    lambda_quantize=0.3,
+    lambda_hist=0.3,
+    lambda_adv=0.0,
+    tokenizer_steps=500,
+    batch_size=32,
+    lr=2e-3,
+    cooldown=0.4,
+    eval_images=2000,
+    save_every=200,
+    gen_width=128,
+    gen_layers=6,
+    gen_heads=4,
+    gen_dropout=0.0,
+    generator_steps=3000,
+    gen_batch=32,
+    gen_lr=2e-3,
+    gen_warmup=100,
+    gen_cooldown=0.5,
+    ema=0.995,
+    guidance=3.0,
+    sampling_steps=10,
+)
+
 # Section 4.1; the code that the paper builds on where it is silent. Ours are lambda_coverage,
 # revive_every and adv_ramp.
 IMAGENET256 = Config(
@@ -341,7 +371,8 @@ IMAGENET256_FAR = replace(
 
 PRESETS = {
     "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
-    "cifar10": CIFAR10,  # 32x32 photographs, one GPU
+    "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
+    "cifar10": CIFAR10,  # the same, one GPU
     "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
     "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
     "imagenet256-far": IMAGENET256_FAR,  # GloTok(2x) with FAR-B, table 2

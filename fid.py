@@ -1536,7 +1536,8 @@ def parse_arguments():
     parser.add_argument(
         "--paired",
         action="store_true",
-        help="also the PSNR between the i-th reference image and the i-th sample",
+        help="the i-th sample is a copy of the i-th reference image: also their PSNR, and KID "
+        "without these pairs",
     )
     parser.add_argument(
         "--unshuffled",

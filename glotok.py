@@ -1441,7 +1441,8 @@ class XAR(nn.Module):
 #
 # Both rivals read the straight-through semantic codes: their gradient passes the quantizer to the
 # encoder. f are the teacher's features, without gradient, and D is their number of channels. What
-# keeps codes in use (section 2) stays on for every method, so that they differ in nothing else.
+# keeps codes in use (section 2) stays on for every method, so that they differ in their supervision
+# alone (FQGAN's two further losses, below, apart).
 
 
 # FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from

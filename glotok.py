@@ -135,6 +135,7 @@ class Config:
     ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
 
     # training
+    start_from: str = setting("", "a run whose tokenizer this one goes on from; none: at random")
     tokenizer_steps: int = setting(1300, "training steps of the tokenizer", 1)
     batch_size: int = setting(16, "images a step, over all processes", 1)
     lr: float = setting(3e-3, "learning rate of Adam", 0, 1)
@@ -286,6 +287,66 @@ CIFAR10_SMALL = replace(
     sampling_steps=10,
 )
 
+IMAGENETTE_SMALL = replace(  # 64x64, 16 x 16 tokens
+    CIFAR10_SMALL,
+    data="imagenette",
+    image_size=64,
+    teacher_centres=1024,
+    lambda_hist=0.1,
+    tokenizer_steps=1600,
+    batch_size=16,
+    eval_images=3925,
+    cell=8,
+    gen_batch=16,
+)
+
+IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
+    data="imagenette",
+    teacher="dinov2",
+    teacher_centres=2048,
+    image_size=128,
+    # tokenizer
+    patch=1,
+    channels=64,
+    channel_mult=(1, 1, 2, 4),
+    res_blocks=2,
+    z_channels=256,
+    width=256,
+    heads=8,
+    codes_sem=1024,
+    codes_vis=3072,
+    lambda_quantize=1.0,
+    lambda_hist=0.01,
+    lambda_perceptual=1.0,
+    lambda_adv=0.5,
+    adv_adaptive=0,
+    adv_start=10000,
+    tokenizer_steps=40000,
+    batch_size=64,
+    lr=3e-4,
+    disc_lr=3e-4,
+    warmup=500,
+    crop=0.8,
+    eval_images=3925,
+    save_every=500,
+    # generator
+    classes=10,
+    cell=8,
+    gen_width=512,
+    gen_layers=12,
+    gen_heads=8,
+    gen_dropout=0.1,
+    generator_steps=60000,
+    gen_batch=128,
+    gen_lr=3e-4,
+    gen_warmup=1000,
+    gen_cooldown=0.25,
+    ema=0.9995,
+    stochastic=1,
+    guidance=2.7,
+    sampling_steps=40,
+)
+
 # Section 4.1; the code that the paper builds on where it is silent. Ours are lambda_coverage,
 # revive_every and adv_ramp.
 IMAGENET256 = Config(
@@ -372,6 +433,8 @@ IMAGENET256_FAR = replace(
 PRESETS = {
     "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
     "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
+    "imagenette-small": IMAGENETTE_SMALL,  # 64x64 photographs, a CPU
+    "imagenette": IMAGENETTE,  # 128x128 photographs, one GPU
     "cifar10": CIFAR10,  # the same, one GPU
     "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
     "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)

@@ -74,13 +74,16 @@ def save_png(path, canvas):
     write_atomically(Path(path), lambda file: canvas.save(file, "PNG"))
 
 
-def save_image_grid(path, rows, title=""):
-    """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG. Small images are enlarged."""
+def save_image_grid(path, rows, title="", least_side=64):
+    """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG.
+
+    Images of fewer than least_side pixels are enlarged to so many.
+    """
     # A class may be called anything, line breaks included.
     rows = [(" ".join(label.split()), images) for label, images in rows]
     font = ImageFont.load_default(14)
     gap = 4
-    side = max(64, rows[0][1].shape[3])
+    side = max(least_side, rows[0][1].shape[3])
     left = 8 + max(int(font.getlength(label)) for label, _ in rows)
     top = 28 if title else gap
     columns = max(len(images) for _, images in rows)
@@ -105,6 +108,19 @@ def save_pairs(path, images, recon, n=12):
     rows = [("original", images[some]), ("reconstruction", recon[some])]
     mean = psnr(images, recon).mean()
     save_image_grid(path, rows, f"held-out images, {mean:.1f} dB over {len(images)}")
+
+
+def save_comparison(path, images, recons, n=8):
+    """Images above what several runs make of them, n of them, enlarged so that one sees texture.
+
+    images uint8 (N, 3, H, W); recons: {name of a run: such images}.
+    """
+    some = evenly_spaced(len(images), n)
+    rows = [("original", images[some])]
+    for name, recon in recons.items():
+        mean = psnr(images, recon).mean()
+        rows.append((f"{name}: {mean:.1f} dB", recon[some]))
+    save_image_grid(path, rows, f"held-out images, PSNR over {len(images)}", least_side=128)
 
 
 def evenly_spaced(n, k):
@@ -348,7 +364,9 @@ def report_tokenizer(run, model, hist_before, figures):
         "device": device_name(run.device),
     }
     if run.inception:
-        distances = reconstruction_distances(images, recon, run.inception, run.device)
+        inception = run.inception.to(run.device)
+        originals = image_statistics("held-out images", images, inception, run.device)
+        distances = reconstruction_distances(originals, recon, inception, run.device)
         metrics["rfid"] = distances["fid"]
         metrics["kid"], _ = distances["kid"]  # without the deviation
     classify = load_classifier(run)
@@ -426,14 +444,22 @@ def find_inception(weights, device):
     return load_inception(weights, device)
 
 
-def reconstruction_distances(images, recon, inception, device):
-    """FID and KID of uint8 (N, 3, H, W) twice -> {"fid": value, "kid": (mean, deviation)}."""
-    inception = inception.to(device)
-    originals = images.permute(0, 2, 3, 1).numpy()
-    copies = recon.permute(0, 2, 3, 1).numpy()
-    one = measure("held-out images", originals, inception, device, ["features"])
-    two = measure("reconstructions", copies, inception, device, ["features"])
-    return compare(one, two, ["fid", "kid"], device, paired=True)
+def image_statistics(name, images, inception, device):
+    """Images uint8 (N, 3, H, W) -> fid.Statistics, with each image's features.
+
+    name: for messages.
+    """
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    return measure(name, arrays, inception, device, keep=["features"])
+
+
+def reconstruction_distances(originals, recon, inception, device):
+    """FID and KID of images with the Statistics of their originals, in the same order.
+
+    recon uint8 (N, 3, H, W) -> {"fid": value, "kid": (mean, deviation)}.
+    """
+    statistics = image_statistics("reconstructions", recon, inception, device)
+    return compare(originals, statistics, ["fid", "kid"], device, paired=True)
 
 
 def device_name(device):
@@ -700,6 +726,13 @@ def parse_arguments():
     val = "held-out images of shapes, cifar10, a folder, or an .npz"
     add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
     add("--weights", metavar="FILE", help="of --reconstruct's FID network, else the published one")
+    add(
+        "--beside",
+        metavar="RUN",
+        nargs="+",
+        default=[],
+        help="with --reconstruct: other runs, for a picture with a row of each",
+    )
     add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
     add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
     add("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
@@ -715,6 +748,8 @@ def check_arguments(args):
     specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s]
     if len(specs) > 1:
         raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
+    if args.beside and not args.reconstruct:
+        raise BadInput("--beside names runs to compare with, for --reconstruct alone")
     if args.weights and not args.reconstruct:
         raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
     if specs and args.out.suffix != ".png":
@@ -748,17 +783,33 @@ def read_val_set(model, spec, n, device):
 
 
 def command_reconstruct(args, config, device):
+    runs = [args.run, *map(Path, args.beside)]
+    models = [load_run(run, device) for run in runs]
+    for run, model in zip(runs, models):
+        if model.config.image_size != config.image_size:
+            raise BadInput(
+                f"{run} is of images of {model.config.image_size} pixels, {args.run} of "
+                f"{config.image_size}: they cannot stand side by side"
+            )
     inception = find_inception(args.weights, device)
-    model = load_run(args.run, device)
-    val = read_val_set(model, args.reconstruct, config.eval_images, device)
-    recon = decode_all(model, val.tokens, device)
-    save_pairs(args.out, val.images, recon)
-    message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
-    message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
+    val = read_val_set(models[0], args.reconstruct, config.eval_images, device)
+    every = torch.arange(len(val.images))
+    recons = {str(args.run): decode_all(models[0], val.tokens, device)}
+    for run, model in zip(runs[1:], models[1:]):
+        recons[str(run)] = decode_all(model, encode_all(model, val.images, every, device), device)
+    if args.beside:
+        save_comparison(args.out, val.images, recons)
+    else:
+        save_pairs(args.out, val.images, recons[str(args.run)])
     if inception:
-        distances = reconstruction_distances(val.images, recon, inception, device)
-        message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
-    print(message)
+        originals = image_statistics("held-out images", val.images, inception, device)
+    for run, recon in recons.items():
+        message = f"{args.out}: {run}, {len(recon)} held-out images of {args.reconstruct}: "
+        message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
+        if inception:
+            distances = reconstruction_distances(originals, recon, inception, device)
+            message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
+        print(message)
 
 
 def command_retain(args, config, device):

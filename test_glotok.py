@@ -25,7 +25,7 @@ import tarfile
 import time
 import zipfile
 from collections import namedtuple
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 # Models this small are as fast on one thread, and much faster beside a busy process.
@@ -247,6 +247,21 @@ def test_presets_have_the_papers_settings():
     far = PRESETS["imagenet256-far"]
     assert (far.gen_lr, far.gen_batch, far.gen_decay) == (1e-4, 256, 0.05)
     assert (far.guidance, far.gen_dropout, far.label_dropout) == (2.0, 0.1, 0.1)
+
+
+def test_presets_for_imagenette_have_16_by_16_tokens():
+    small = PRESETS["imagenette-small"]
+    assert (small.data, small.image_size, small.grid_size) == ("imagenette", 64, 16)
+    whole = PRESETS["imagenette"]
+    assert (whole.data, whole.image_size, whole.grid_size) == ("imagenette", 128, 16)
+    assert whole.lambda_perceptual and whole.lambda_adv and whole.generator == "xar"
+    for c in (small, whole):
+        assert c.classes == 10
+        assert c.eval_images == 3925  # all of the published validation photographs
+        with torch.device("meta"):
+            model = GloTok(c)
+            z = model.encoder(torch.empty(1, 3, c.image_size, c.image_size))
+        assert z.shape == (1, c.z_channels, 16, 16)
 
 
 def test_paper_preset_builds_the_papers_networks():
@@ -3863,6 +3878,48 @@ def test_refused_steps_leave_the_run_as_it_was(words, expected, copied_small_run
     assert run_command(train, *flags).status == 0
 
 
+@pytest.fixture
+def going_on(small_run):
+    """Flags of a run that starts from small_run's tokenizer, with learning rate 0."""
+    return ["--start_from", small_run, "--tokenizer_steps", 3, "--stage", "tokenizer", "--lr", 0]
+
+
+def test_a_tokenizer_starts_from_that_of_another_run(
+    going_on, small_flags, small_run, run_command, tmp_path
+):
+    folder = tmp_path / "run"
+    result = run_command(train, *small_flags, *going_on, "--out", folder)
+    assert result.status == 0, result.err
+    start = torch.load(small_run / "tokenizer.pt", weights_only=True)["model"]
+    after = torch.load(folder / "tokenizer.pt", weights_only=True)["model"]
+    assert start.keys() == after.keys()
+    for name in start:
+        if not name.endswith("usage_count"):
+            assert torch.equal(start[name], after[name]), name
+
+    # killed before its first checkpoint, it starts from there again
+    (folder / "tokenizer.pt").unlink()
+    assert run_command(train, "--resume", "--stage", "tokenizer", "--out", folder).status == 0
+    again = torch.load(folder / "tokenizer.pt", weights_only=True)["model"]
+    for name in after:
+        assert torch.equal(again[name], after[name]), name
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--width 32", "tokenizer.pt holds other weights than these settings ask for"),
+        ("--start_from nowhere", "cannot read nowhere/tokenizer.pt"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    words, expected, going_on, small_flags, run_command, tmp_path
+):
+    flags = [*small_flags, *going_on, *words.split()]
+    assert_refused(run_command(train, *flags, "--out", tmp_path / "run"), "train.py", expected)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_moving_average_keeps_no_graph(small_flags, tmp_path, monkeypatch, run_command):
     """It once did, of every step: memory grew by a megabyte a step."""
     weights = []
@@ -5114,6 +5171,36 @@ def test_reconstruct_reports_fid_and_kid(finished, bare_network, run_command, tm
     assert f"FID {distance:.3f}, KID {kid:.6f}" in result.out
 
 
+@pytest.mark.usefixtures("few_shapes")
+def test_reconstructions_of_several_runs_stand_side_by_side(finished, run_command, tmp_path):
+    """A row of originals, and one of each run: here of a run and of one that knows nothing."""
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    model = GloTok(TINY)
+    state = {"model": model.state_dict()}
+    torch.save(state, other / "tokenizer.pt")
+    path = tmp_path / "x.png"
+    words = ["--reconstruct", "shapes", "--beside", other, "--out", path]
+    result = run_command(sample, finished, *words)
+    assert result.status == 0, result.err
+    first, second = result.out.splitlines()
+    assert f"{finished}, 20 held-out images of shapes: PSNR" in first
+    assert f"PSNR {read_metrics(finished)['psnr']:.2f} dB" in first
+
+    images, _ = fid.draw_shapes(1000, 16, 1)
+    images = images[::50]  # 20 of them, evenly spaced
+    x = images.float() / 127.5 - 1
+    with torch.no_grad():
+        recon = model.eval().decode(*model.encode(x))
+    recon = ((recon.clamp(-1, 1) + 1) * 127.5).round().numpy()
+    error = ((images.numpy() - recon) ** 2).mean((1, 2, 3))
+    expected = (10 * np.log10(255**2 / error)).mean()
+    assert f"{other}, 20 held-out images of shapes: PSNR {expected:.2f} dB" in second
+
+    # The bottom right picture is the eighth of the other run's, each pixel 8 times 8.
+    corner = np.asarray(Image.open(path))[-132:-4, -132:-4][::8, ::8]
+    assert (corner == recon[7 * 20 // 8].transpose(1, 2, 0)).all()
+
+
 @pytest.mark.usefixtures("quick_distance", "few_shapes")
 def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -5177,7 +5264,7 @@ def test_samples_go_on_where_they_stopped(finished, run_command, tmp_path, monke
     assert sorted(os.listdir(tmp_path)) == ["again.npz", "whole.npz"]
 
 
-# RUN is a finished run, BARE one without generator; old.png is there.
+# RUN is a finished run, BARE one without generator, LARGE one of larger images; old.png is there.
 BAD_SAMPLE_WORDS = [
     ("nowhere", "no run in nowhere"),
     ("RUN --gidance 2", "no flag '--gidance'; did you mean '--guidance'?"),
@@ -5201,6 +5288,9 @@ BAD_SAMPLE_WORDS = [
     ("RUN --runs 1001", "--runs 1001 must lie in 1 to 1,000"),
     ("RUN --runs 100000000000000000000", "must lie in 1 to 1,000"),
     ("RUN --out old.png", "old.png exists: choose another --out"),
+    ("RUN --beside RUN", "--beside names runs to compare with, for --reconstruct alone"),
+    ("RUN --reconstruct shapes --beside gone", "no run in gone"),
+    ("RUN --reconstruct shapes --beside BARE LARGE", "large is of images of 32 pixels"),
     ("RUN --weights x.pth", "--weights is the network of FID and KID, of --reconstruct alone"),
     # what the run does not fit
     ("RUN --reconstruct shapes --weights gone.pth", "cannot read gone.pth"),
@@ -5232,12 +5322,17 @@ def test_sample_refuses_bad_input(words, message, finished, run_command, tmp_pat
     Path("bare").mkdir()
     for name in ("config.json", "tokenizer.pt"):
         shutil.copy(finished / name, "bare")
-    words = words.replace("RUN", str(finished)).replace("BARE", "bare")
+    Path("large").mkdir()
+    large = replace(TINY, image_size=32)
+    settings = {"preset": "shapes", **asdict(large)}
+    Path("large", "config.json").write_text(json.dumps(settings))
+    torch.save({"model": GloTok(large).state_dict()}, "large/tokenizer.pt")
+    words = words.replace("RUN", str(finished)).replace("BARE", "bare").replace("LARGE", "large")
     result = run_command(sample, *words.split())
     assert_refused(result, "sample.py", message)
     assert len(result.err.splitlines()) == 1
     assert Path("old.png").read_text() == "precious"
-    assert sorted(os.listdir()) == ["bare", "old.png"]
+    assert sorted(os.listdir()) == ["bare", "large", "old.png"]
 
 
 # ---- figure 4 of the paper: retain and probe
@@ -5334,7 +5429,7 @@ def test_probe_is_ridge_regression_of_each_half(monkeypatch):
 # ---- the commands in the README, --help
 
 README = (REPOSITORY / "README.md").read_text()
-PLACEHOLDERS = {"FOLDER": "shapes", "N": "64", "S": "32"}
+PLACEHOLDERS = {"FOLDER": "shapes", "IMAGENETTE": "shapes", "N": "64", "S": "32"}
 
 
 def readme_commands(script):
@@ -5385,14 +5480,18 @@ def test_readme_commands_of_train_are_understood(command, finished, tmp_path, mo
     assert isinstance(config, Config)
 
 
+@pytest.mark.usefixtures("quick_distance", "few_shapes")
 @pytest.mark.parametrize("command", readme_commands("sample"))
-def test_readme_commands_of_sample_run(
-    command, finished, few_shapes, run_command, tmp_path, monkeypatch
-):
+def test_readme_commands_of_sample_run(command, finished, run_command, tmp_path, monkeypatch):
     words = words_of(command)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "tsne", functools.partial(tsne, steps=50))
-    shutil.copytree(finished, words[0])
+    monkeypatch.setattr(sample, "load_inception", lambda file, device: QuickNet(fc=False))
+    runs = [words[0]]
+    if "--beside" in words:
+        runs += [word for word in words[1:] if word.startswith("runs/")]
+    for run in runs:
+        shutil.copytree(finished, run)
     result = run_command(sample, *words)
     assert result.status == 0, result.err
     assert Path(words[words.index("--out") + 1]).exists()

@@ -118,7 +118,7 @@ GROUPS = {
     "patch": "the tokenizer",
     "beta": "its losses, eqs. (3) and (13)",
     "generator": "the generator",
-    "tokenizer_steps": "training",
+    "start_from": "training",
 }
 
 
@@ -548,6 +548,16 @@ def load_lpips(file, device):
     return net.to(device)
 
 
+def load_start(c):
+    """The weights of the tokenizer that this one starts from; None if it starts at random."""
+    if not c.start_from:
+        return None
+    path = Path(c.start_from) / "tokenizer.pt"
+    saved = load_checkpoint(path)
+    load_states(path, {"model": GloTok(c)}, saved)  # BadInput if it does not fit
+    return saved["model"]
+
+
 # ================================================================================================
 # 4. Saving, resuming, logging, stopping
 # ================================================================================================
@@ -691,12 +701,15 @@ def announce(stage_name, network, c, device):
 # ================================================================================================
 
 
-def train_tokenizer(run, lpips):
-    """Descend eq. (13) -> the model, its codebook's histogram before training, figures."""
+def train_tokenizer(run, lpips, start):
+    """Descend eq. (13) -> the model, its codebook's histogram before training, figures.
+
+    start: the weights to begin with, None for random ones.
+    """
     c = run.config
     device = run.device
     torch.manual_seed(c.seed)
-    model = GloTok(c).to(device, memory_format=torch.channels_last).train()
+    model = new_tokenizer(c, start).to(device, memory_format=torch.channels_last).train()
     disc = discriminator(c).to(device)
     betas = (c.beta1, c.beta2)
     optimizer = torch.optim.Adam(model.parameters(), c.lr, betas, fused=True)
@@ -785,6 +798,15 @@ def train_tokenizer(run, lpips):
             if stage.stopping:
                 stage.stop()
     return model.eval(), hist_before, stage.figures()
+
+
+def new_tokenizer(c, start):
+    """A GloTok with the weights `start` or, if that is None, random ones."""
+    model = GloTok(c)
+    if start:
+        model.load_state_dict(start)
+        reset_usage_counts(model)
+    return model
 
 
 def training_batches(run, steps):
@@ -980,6 +1002,7 @@ def train(args, c, device):
     # these networks draws random numbers, and no teacher must depend on whether they are there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
     lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+    start_weights = load_start(c)
     torch.manual_seed(c.seed)
 
     with contextlib.ExitStack() as stack:
@@ -1001,7 +1024,9 @@ def train(args, c, device):
         run = Run(c, args.out, data, teacher, device, inception)
 
         metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
-        model, hist_before, figures = train_tokenizer(run, lpips)  # only read if it is complete
+        model, hist_before, figures = train_tokenizer(
+            run, lpips, start_weights
+        )  # only read if it is complete
         figures["processes"] = WORLD_SIZE
         if RANK == 0:
             metrics |= report_tokenizer(run, model, hist_before, figures)

@@ -21,7 +21,7 @@
 
 Which to use: below some 10,000 images kid; fid and sfid beside numbers of the same N and the same
 reference; precision and recall at equal numbers of images. Images are stretched to 299x299 as they
-are: crop and shrink both sets alike before.
+are: both sets must have been cropped and shrunk alike, or let --size do it.
 
 Section 1 gives the formula of each. REFERENCE and SAMPLES are each a folder of images, an .npz of
 images (first array uint8 (N, H, W, 3)), an .npz of statistics (mu and sigma, maybe mu_s and
@@ -610,11 +610,11 @@ class RunningMoments:
 
 
 @torch.no_grad()
-def measure(name, items, net, device, keep=(), skip_bad=False):
+def measure(name, items, net, device, keep=(), skip_bad=False, size=None):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics.
 
-    Of "features" and "logits" those named in `keep` are kept for each image, else None. `name` is
-    for messages.
+    Of "features" and "logits" those named in `keep` are kept for each image, else None. If size is
+    given, each image is first cropped and shrunk to size x size. `name` is for messages.
     BadInput if an image cannot be read (unless skip_bad) or fewer than 2 are there.
     """
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
@@ -632,7 +632,7 @@ def measure(name, items, net, device, keep=(), skip_bad=False):
     features = torch.empty(len(items), 2048) if "features" in keep else None
     logits = torch.empty(len(items), 1008) if "logits" in keep else None
     n = 0
-    numbered_images = read_images(name, items, tolerated=1 if skip_bad else 0)
+    numbered_images = read_images(name, items, size, tolerated=1 if skip_bad else 0)
     for _, group in itertools.groupby(numbered_images, batch_and_shape):
         images = torch.stack([image for _, image in group]).to(device)
         with full_float32():
@@ -695,7 +695,10 @@ def read_set(spec):
     of more images, as in ADM's reference files.
     """
     if spec == "imagenette":
-        raise BadInput("imagenette's photographs have many sizes: crop them alike, into a folder")
+        raise BadInput(
+            "imagenette's photographs are a training and a validation set: name a folder, "
+            "for instance data/imagenette2-160/val, and give --size"
+        )
     if spec in ("shapes", "cifar10"):
         images = load_data(spec, 32).train
         return ImageSet(spec, images.permute(0, 2, 3, 1).numpy(), NOTHING_KNOWN)
@@ -732,15 +735,15 @@ def lacks(image_set, parts):
     return any(getattr(image_set.known, part) is None for part in parts)
 
 
-def statistics_of(image_set, parts, net, device, skip_bad):
+def statistics_of(image_set, parts, net, device, skip_bad, size):
     """The Statistics of an ImageSet, at least these parts; measured if its file lacks some.
 
-    Moments in the file come first, for they may be of more images.
+    Moments in the file come first, for they may be of more images. size: see measure.
     """
     known = image_set.known
     if not lacks(image_set, parts):
         return known
-    measured = measure(image_set.name, image_set.items, net, device, parts, skip_bad)
+    measured = measure(image_set.name, image_set.items, net, device, parts, skip_bad, size)
     if known.pooled is None:
         return measured
     return measured._replace(pooled=known.pooled, spatial=known.spatial)
@@ -1031,9 +1034,9 @@ def unreadable(name, items, problems):
     return f"{len(problems)} of {len(items)} images in {name} cannot be read: {some}{more}"
 
 
-def read_images(name, items, tolerated=0.0):
+def read_images(name, items, size=None, tolerated=0.0):
     """Yield (i, uint8 (3, H, W)) for each of items, as load_images."""
-    for i, loaded in load_images(name, items, tolerated=tolerated):
+    for i, loaded in load_images(name, items, size, tolerated):
         yield i, loaded.image
 
 
@@ -1523,6 +1526,13 @@ def parse_arguments():
         help=f"compute just these of {', '.join(TAKES)}, psnr (default: all but psnr)",
     )
     parser.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="first crop each image to a square and shrink it to N x N, as train.py does "
+        "(default: as they are)",
+    )
+    parser.add_argument(
         "--weights",
         metavar="FILE",
         help=f"a local file of the network (default: {INCEPTION_FILE}, downloaded once); "
@@ -1549,6 +1559,8 @@ def parse_arguments():
     args = parser.parse()
     args.only = args.only or list(TAKES)
     args.paired = args.paired or "psnr" in args.only
+    if args.size is not None and not 1 <= args.size <= 4096:
+        raise BadInput(f"--size is {args.size}: it must lie in 1 to 4,096 pixels")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise BadInput(f"--save-stats is {args.save_stats}: it must end in .npz")
     if args.paired and args.skip_bad:
@@ -1565,11 +1577,11 @@ def check_pairs(reference, samples):
         raise BadInput(f"--paired: {n} reference images, but {len(samples.items)} samples")
 
 
-def mean_psnr(reference, samples):
-    """The mean PSNR of the pairs of two ImageSets."""
+def mean_psnr(reference, samples, size):
+    """The mean PSNR of the pairs of two ImageSets. size: see measure."""
     values = []
-    originals = read_images(reference.name, reference.items)
-    copies = read_images(samples.name, samples.items)
+    originals = read_images(reference.name, reference.items, size)
+    copies = read_images(samples.name, samples.items, size)
     for (i, x), (_, y) in zip(originals, copies):
         if x.shape != y.shape:
             raise BadInput(f"--paired: the images {i} are {tuple(x.shape)} and {tuple(y.shape)}")
@@ -1630,14 +1642,14 @@ def main():
             leave_out(["is"], "the network has no classifier (fc.weight, fc.bias)")
             wanted.remove("is")
             of_samples.remove("logits")
-    one = statistics_of(reference, of_reference, net, device, args.skip_bad)
-    two = statistics_of(samples, of_samples, net, device, args.skip_bad)
+    one = statistics_of(reference, of_reference, net, device, args.skip_bad, args.size)
+    two = statistics_of(samples, of_samples, net, device, args.skip_bad, args.size)
     note_on_numbers([reference, samples], wanted)
 
     split_size = 5000 if args.unshuffled else None
     figures = compare(one, two, wanted, device, split_size, args.paired)
     if args.paired:
-        figures["psnr"] = mean_psnr(reference, samples)
+        figures["psnr"] = mean_psnr(reference, samples, args.size)
     if not figures:
         raise BadInput(f"none of {', '.join(args.only)} can be had of these two sets")
     for name, value in figures.items():

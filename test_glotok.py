@@ -3456,6 +3456,8 @@ BAD_WORDS = [
     ("A.npz B.npz --weights NET --paired", "--paired: 2 reference images, but 3 samples"),
     ("A.npz STATS.npz --weights NET --paired", "--paired wants images, not statistics"),
     ("STATS.npz A.npz --weights NET --paired", "--paired wants images, not statistics"),
+    ("A.npz A.npz --size 0", "--size is 0: it must lie in 1 to 4,096 pixels"),
+    ("imagenette A.npz", "name a folder, for instance data/imagenette2-160/val, and give --size"),
     ("A.npz A.npz --weights NET --save-stats x.txt", "--save-stats is x.txt: it must end in .npz"),
     ("A.npz --weights NET", "samples"),
     ("A.npz A.npz --wieghts x", "'--weights'"),
@@ -3497,6 +3499,34 @@ def test_fid_paired_wants_images_of_one_size(run_command, inception_file, tmp_pa
     assert result.status == 2
     message = "--paired: the images 0 are (3, 24, 24) and (3, 24, 20)"
     assert message in result.err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("quick_distance")
+def test_size_crops_and_shrinks_both_sets(quick_net, tmp_path, run_command):
+    """Of pictures 40 x 24, the middle square, 16 x 16. Samples of that size stay as they are."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    cropped = []
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 40, 3), np.uint8)
+        picture = Image.fromarray(pixels)
+        picture.save(folder / f"{i}.png")
+        shrunk = picture.resize((round(40 * 16 / 24), 16), Image.Resampling.BICUBIC)
+        left = (shrunk.width - 16) // 2
+        cropped.append(np.asarray(shrunk.crop((left, 0, left + 16, 16))))
+    cropped = np.stack(cropped)
+    np.savez(tmp_path / "small.npz", cropped)
+    words = [folder, tmp_path / "small.npz", "--only", "kid", "psnr"]
+    result = run_command(fid, *words, "--size", 16)
+    assert result.status == 0, result.err
+    assert read_figures(result)["psnr"] == "99.000000"  # equal
+    x, y = torch.cat(quick_net.features).chunk(2)
+    expected, _, _ = outputs_of_array(cropped)
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(y, expected)
+
+    result = run_command(fid, *words)
+    assert_refused(result, "fid.py", "the images 0 are (3, 24, 40) and (3, 16, 16)")
 
 
 def test_fid_reads_images_beside_statistics(tmp_path):

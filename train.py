@@ -1024,9 +1024,8 @@ def train(args, c, device):
         run = Run(c, args.out, data, teacher, device, inception)
 
         metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
-        model, hist_before, figures = train_tokenizer(
-            run, lpips, start_weights
-        )  # only read if it is complete
+        # a complete one is only read
+        model, hist_before, figures = train_tokenizer(run, lpips, start_weights)
         figures["processes"] = WORLD_SIZE
         if RANK == 0:
             metrics |= report_tokenizer(run, model, hist_before, figures)

@@ -1530,7 +1530,7 @@ def parse_arguments():
         type=int,
         metavar="N",
         help="first crop each image to a square and shrink it to N x N, as train.py does "
-        "(default: as they are)",
+        "(default: as they are); statistics stay as they are",
     )
     parser.add_argument(
         "--weights",

@@ -135,7 +135,7 @@ class Config:
     ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
 
     # training
-    start_from: str = setting("", "a run whose tokenizer this one goes on from; none: at random")
+    start_from: str = setting("", "a run whose tokenizer's weights to begin with")
     tokenizer_steps: int = setting(1300, "training steps of the tokenizer", 1)
     batch_size: int = setting(16, "images a step, over all processes", 1)
     lr: float = setting(3e-3, "learning rate of Adam", 0, 1)

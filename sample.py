@@ -793,10 +793,12 @@ def command_reconstruct(args, config, device):
             )
     inception = find_inception(args.weights, device)
     val = read_val_set(models[0], args.reconstruct, config.eval_images, device)
-    every = torch.arange(len(val.images))
-    recons = {str(args.run): decode_all(models[0], val.tokens, device)}
-    for run, model in zip(runs[1:], models[1:]):
-        recons[str(run)] = decode_all(model, encode_all(model, val.images, every, device), device)
+    recons = {}
+    for run, model in zip(runs, models):
+        tokens = val.tokens
+        if model is not models[0]:
+            tokens = encode_all(model, val.images, torch.arange(len(val.images)), device)
+        recons[str(run)] = decode_all(model, tokens, device)
     if args.beside:
         save_comparison(args.out, val.images, recons)
     else:

@@ -180,13 +180,14 @@ def add_setting_flags(parser):
         if f.name in GROUPS:
             group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)")
         several = isinstance(f.default, tuple)
+        default = str(f.default).strip("()") or "none"
         group.add_argument(
             f"--{f.name}",
             metavar="X",
             type=int if several else type(f.default),
             nargs="+" if several else None,
             default=argparse.SUPPRESS,
-            help=f"{f.metadata['help']} ({str(f.default).strip('()')})",
+            help=f"{f.metadata['help']} ({default})",
         )
 
 

@@ -110,7 +110,7 @@ class Config:
     disc_lr: float = setting(5e-4, "learning rate of the discriminator's Adam", 0, 1)
 
     # the generator
-    generator: str = setting("xar", "xar, on the combined latents, or the rival far, on indices")
+    generator: str = setting("xar", "xar, on the two latents, or the rival far, on indices")
     classes: int = setting(6, "number of classes (train.py counts them in the data)", 1, 10**6)
     cell: int = setting(4, "tokens each way in a cell, xAR's unit of generation", 1, 1024)
     gen_width: int = setting(96, "width of the generator", 8, 8192)
@@ -120,7 +120,9 @@ class Config:
     gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
     label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
     latent_residual: int = setting(0, "1: learn the latents after eqs. (11), (12); 0: before", 0, 1)
-    snap: int = setting(0, "1: move each generated vector to the nearest code (before)", 0, 1)
+    snap: int = setting(
+        0, "1: move generated vectors to the nearest codes, if latent_residual is 0", 0, 1
+    )
     stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
     top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
     guidance: float = setting(5.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
@@ -264,13 +266,11 @@ CIFAR10_SMALL = replace(
     res_blocks=1,
     z_channels=64,
     width=64,
-    lambda_quantize=0.3,
     lambda_hist=0.3,
     lambda_adv=0.0,
     tokenizer_steps=500,
     batch_size=32,
     lr=2e-3,
-    cooldown=0.4,
     eval_images=2000,
     save_every=200,
     gen_width=128,
@@ -347,8 +347,8 @@ IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
     sampling_steps=40,
 )
 
-# Section 4.1; the code that the paper builds on where it is silent. Ours are lambda_coverage,
-# revive_every and adv_ramp.
+# From section 4.1 and, where that is silent, from the code that the paper builds on. Ours are
+# teacher_centres, lambda_coverage, revive_every and adv_ramp.
 IMAGENET256 = Config(
     data="imagenet",
     teacher="dinov2",
@@ -435,7 +435,7 @@ PRESETS = {
     "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
     "imagenette-small": IMAGENETTE_SMALL,  # 64x64 photographs, a CPU
     "imagenette": IMAGENETTE,  # 128x128 photographs, one GPU
-    "cifar10": CIFAR10,  # the same, one GPU
+    "cifar10": CIFAR10,  # 32x32 photographs, one GPU
     "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
     "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
     "imagenet256-far": IMAGENET256_FAR,  # GloTok(2x) with FAR-B, table 2
@@ -478,7 +478,7 @@ PRESETS = {
 def full_precision(device):
     """Matrix products inside are in float32, whatever autocast and TF32 do outside.
 
-    Neighbouring codes differ in the third decimal; bf16 keeps two.
+    The two best cosines of a feature often differ only in the third decimal; bf16 keeps two.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -596,8 +596,8 @@ class Quantizer(nn.Module):
 #     p_k = sum over x in D of exp(-alpha (x - B_k)^2),     P = p / sum(p).                    (6)
 #
 # The diagonal (i = j) adds n times the similarity 1, a share 2 / (n + 1) of all pairs, always in
-# the last bins. It has no gradient, and keeps log P finite there. If student and teacher differ in
-# n, so do their shares: a small mismatch that training cannot remove.
+# the last bins. It has no gradient, and keeps log P finite there. With fewer codes than the teacher
+# has centres the student's share is larger: a small mismatch that training cannot remove.
 #
 # Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres, or
 # the histogram would favour some places. By Poisson summation, an endless row of Gaussians a
@@ -628,7 +628,7 @@ def bin_centres(bins, like):
 def relation_histogram_direct(codes, bins=40, alpha=None):
     """Eqs. (4)-(6) as printed: codes (n, d) float -> P (bins,), sum 1. alpha: default_alpha.
 
-    The reference. It keeps n (n + 1) / 2 * bins numbers: 21 GB at n = 16,384.
+    The reference. Its tensors hold n (n + 1) / 2 * bins numbers: 21 GB each at n = 16,384.
     """
     alpha = default_alpha(bins) if alpha is None else alpha
     t = F.normalize(codes, dim=1)
@@ -655,7 +655,7 @@ def relation_histogram_direct(codes, bins=40, alpha=None):
 # point, by 1 / TABLE at most, changes its weight in (6) by at most max |f'| / TABLE =
 # sqrt(2 alpha / e) / TABLE = 1.3e-4, against a peak weight of 1, and its force by at most
 # max |f''| / TABLE = 2 alpha / TABLE = 6e-3 for each unit of dL/dp_k, against a largest |f'| of 17.
-# In a sum over many pairs both are far less, as signs cancel.
+# Averaged over many pairs both are far less, as signs cancel.
 
 TABLE = 2**17
 TILE = 2**20  # similarities at once
@@ -758,7 +758,7 @@ def histogram_relation_loss(codes, teacher):
 # What can a codebook of dimension d imitate? With T (n, d) the matrix of its unit vectors, the
 # mean square of all n^2 cosines is ||T T^T||_F^2 / n^2 = ||T^T T||_F^2 / n^2: the sum of the
 # squares of the d eigenvalues of T^T T, over n^2. They sum to n, so it is at least 1/d (the Welch
-# bound): codes on a small sphere cannot all be near-orthogonal. A teacher whose mean squared cosine
+# bound): in few dimensions codes cannot all be near-orthogonal. A teacher whose mean squared cosine
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. (Up to terms of 1/n: the bound
 # is about all n^2 pairs, while (4) counts each pair once and so weighs the diagonal double.) The
 # mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher, and
@@ -890,9 +890,9 @@ class Block(nn.Module):
     """A pre-norm transformer block, (B, T, width) -> the same: attention, then a gated MLP.
 
     Dropout, for the generators, is applied to attention weights and to what either part adds.
-    xAR's blocks are conditional: a condition (B, cells, width) scales, shifts and gates the tokens
-    of each cell (AdaLN). Further keywords (rotary, mask, cache, store) are those of
-    Attention.forward.
+    xAR's blocks are conditional: it cuts the grid into cells (section 7), and a condition (B,
+    cells, width) scales, shifts and gates the tokens of each (AdaLN). Further keywords (rotary,
+    mask, cache, store) are those of Attention.forward.
     """
 
     def __init__(self, width, heads, conditional=False, dropout=0.0):
@@ -1137,8 +1137,8 @@ class GloTok(nn.Module):
 # L_P is LPIPS (section 9). L_G = -mean disc(xhat), with a patch discriminator that is trained at
 # the same time to tell x from xhat. Its own loss is the hinge: real patches above 1, fake ones
 # below -1, no credit for more. Paper silent on all weights but l_res and l_hist, and on when the
-# discriminator enters: late, since blurred pictures are too easily told from true ones to learn
-# from it. It then starts untrained, so its weight grows from 0.
+# discriminator enters: late, since early, blurred reconstructions are so easily told from true
+# pictures that its answers teach little. It is untrained when it enters, so l_G grows from 0.
 #
 # A training step (train.py, train_tokenizer) puts it together:
 #
@@ -1219,7 +1219,7 @@ def hinge_loss(real, fake):
 
 
 def gradient_weights(c, step, losses, model):
-    """The weights of "adv" and "vf", if these are among the losses: they depend on gradients."""
+    """The weights of "adv" and "vf", if these are among the losses."""
     weights = {}
     if "adv" in losses:
         weights["adv"] = adversarial_weight(c, step, losses, model.last_layer)
@@ -1251,7 +1251,7 @@ def vf_weight(c, losses, semantic_layer):
 def gradient_ratio(loss, other, weight):
     """||d loss / d weight|| / ||d other / d weight||, without gradient.
 
-    As in VQGAN, 1e-4 is added below, and the ratio is at most 1e4.
+    As in VQGAN, 1e-4 is added to the denominator, and the ratio is at most 1e4.
     """
     (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (other_grad,) = torch.autograd.grad(other, weight, retain_graph=True)
@@ -1404,9 +1404,9 @@ class XAR(nn.Module):
     def velocity(self, z, t, labels, first_cell=0, caches=None, store=False):
         """Cells z (B, k, tokens a cell, C) at times t (B, k), labels (B,) -> their velocities.
 
-        In training k is all cells, under the block-causal mask. In sampling they are the cells
-        from first_cell on, and caches, one list a block, hold all earlier ones; with `store` these
-        are added.
+        In training z holds all cells, under the block-causal mask. In sampling it holds one,
+        first_cell, and caches, a list for each block, the keys and values of all earlier ones; with
+        `store` its own are added.
         """
         cells = t.shape[1]
         first = first_cell * self.tokens_per_cell
@@ -1447,9 +1447,9 @@ class XAR(nn.Module):
     def sample(self, labels, steps=25, guidance=1.0):
         """Labels int64 (B,) -> latents. Noise comes from the global random generator.
 
-        Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one step to 0 along the same
-        drift without noise, as xAR's code; Euler throughout unless config.stochastic. `guidance`
-        is the last cell's.
+        t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code. Euler's
+        steps; with config.stochastic Euler-Maruyama's, the last without noise. `guidance` is the
+        last cell's.
         """
         caches = [[] for _ in self.blocks]
         finished = []
@@ -1521,8 +1521,9 @@ class XAR(nn.Module):
 class ContrastiveHead(nn.Module):
     """Semantic codes (B, T, d) -> a prediction of the teacher's vector, (B, D).
 
-    FQGAN's: linear, ReLU, linear to the teacher's width; a class token before them; learned
-    positions; 3 layers of 8 heads between two LayerNorms; the answer stands at the class token.
+    FQGAN's: each code through linear, ReLU, linear to the teacher's width; a class token in front
+    of the row; learned positions; 3 layers of 8 heads between two LayerNorms; the answer stands at
+    the class token.
     """
 
     def __init__(self, d, width, side):
@@ -1579,7 +1580,7 @@ def entropy_loss(z, codebook, temperature=0.01):
         # On the sphere -||z - c||^2 = 2 z.c - 2; softmax does not see the constant.
         log_q = (2 / temperature * z.flatten(0, 1) @ codebook.T).log_softmax(1)  # (B * T, n)
         sample_entropy = -(log_q.exp() * log_q).sum(1).mean()
-        # Through the logarithm: the mean itself underflows, and log 0 would have no gradient.
+        # Through the logarithm: the mean itself can underflow to 0, and 0 * log 0 is NaN.
         log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # (n,)
         code_entropy = -(log_mean.exp() * log_mean).sum()
         return sample_entropy - code_entropy
@@ -1676,7 +1677,7 @@ class FAR(nn.Module):
         return x
 
     def run_head(self, x):
-        """Inputs (N, n, width), n 1 or 2 -> outputs of the same shape, each of those up to it."""
+        """Inputs (N, n, width), n 1 or 2 -> as many outputs; output i sees inputs 0 .. i."""
         n = x.shape[1]
         for block in self.head:
             x = block(x, rotary=self.head_angles[:n], mask=self.mask[:n, :n])
@@ -1688,7 +1689,7 @@ class FAR(nn.Module):
         return self.proj_vis(out).float()
 
     def both_logits(self, context, vis):
-        """Contexts (N, width), visual indices (N,) -> the visual logits, the semantic given vis."""
+        """Contexts (N, width), visual indices (N,) -> visual logits, semantic ones given vis."""
         first, second = self.run_head(torch.stack([context, self.embed_vis(vis)], dim=1)).unbind(1)
         return self.proj_vis(first).float(), self.proj_sem(second).float()
 
@@ -1830,7 +1831,7 @@ def encoder(c):
 
 
 def decoder(c):
-    """Composite latents (B, 2 * code_dim, h, w) -> images (B, 3, H, W), not clipped."""
+    """Both latents, concatenated (B, 2 * code_dim, h, w) -> images (B, 3, H, W), not clipped."""
     width = c.channels * c.channel_mult[-1]
     layers = [conv(2 * c.code_dim, c.z_channels, 1), conv(c.z_channels, width), *middle(width)]
     lowest = len(c.channel_mult) - 1

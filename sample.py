@@ -363,7 +363,7 @@ def report_tokenizer(run, model, hist_before, figures):
         "images": len(images),
         "device": device_name(run.device),
     }
-    if run.inception:
+    if run.inception and len(images) > 1:  # a covariance takes at least two
         inception = run.inception.to(run.device)
         originals = image_statistics("held-out images", images, inception, run.device)
         distances = reconstruction_distances(originals, recon, inception, run.device)
@@ -597,7 +597,7 @@ def probe(model, images, labels, n, device):
 
 
 def tsne(x, perplexity=30.0, steps=1000):
-    """Points x (n, d) -> (n, 2). Memory 4 n^2 floats. Starts from the global random generator."""
+    """Points x (n, d) -> (n, 2). Memory 6 n^2 floats. Starts from the global random generator."""
     n = len(x)
     p = neighbour_probabilities(x.float(), perplexity)
     y = 1e-4 * torch.randn(n, 2, device=x.device)
@@ -687,7 +687,7 @@ def repeat_uniformity(codebook, tokens, runs):
 
 
 def save_scatter(path, points, labels, classes, measures):
-    """t-SNE points (N, 2), coloured by class -> a PNG that names their measures."""
+    """t-SNE points (N, 2), those of ten classes, coloured -> a PNG that names their measures."""
     curves = []
     for k, name in enumerate(classes[:10]):
         of_class = points[labels == k]
@@ -697,7 +697,9 @@ def save_scatter(path, points, labels, classes, measures):
         f"density CV {measures['density_cv']:.3f}, "
         f"normalized entropy {measures['normalized_entropy']:.4f}, Gini {measures['gini']:.4f}"
     )
-    title = f"t-SNE of {len(points)} semantic latents, coloured by class"
+    title = f"t-SNE of {len(points)} latents, coloured by class"
+    if len(classes) > 10:
+        title += "; ten classes shown"
     save_plot(path, [Panel(title, x_label, curves, "dots")], width=700, height=700)
 
 
@@ -716,7 +718,9 @@ def parse_arguments():
     )
     add("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
     add("--guidance", type=float, help="guidance of the last cell; 1: none (default: the run's)")
-    add("--seed", type=int, default=0, help="same seed, same pictures (default %(default)s)")
+    add(
+        "--seed", type=int, default=0, help="same seed and --n, same pictures (default %(default)s)"
+    )
     add(
         "--out",
         metavar="FILE",
@@ -752,6 +756,8 @@ def check_arguments(args):
         raise BadInput("--beside names runs to compare with, for --reconstruct alone")
     if args.weights and not args.reconstruct:
         raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
+    if specs and (args.classes or args.steps is not None or args.guidance is not None):
+        raise BadInput("--classes, --steps and --guidance are of new images alone")
     if specs and args.out.suffix != ".png":
         raise BadInput(f"--out {args.out} must end in .png")
     if args.out.suffix not in (".png", ".npz"):

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import zipfile
 from collections import namedtuple
@@ -4125,6 +4126,11 @@ def test_random_crops_stay_within_their_bounds():
         assert 0 <= place.min() < 0.01
         assert 0.99 < place.max() <= 1
     assert abs(torch.corrcoef(crops.T) - torch.eye(3)).max() < 0.1
+    # Nor does a crop tell whether the loop mirrors its image.
+    torch.manual_seed(train.step_seed(c, 3))
+    mirror = torch.rand(c.batch_size, 1, 1, 1).flatten()
+    for of_image in (*crops.T, crops.flatten()[: c.batch_size]):
+        assert abs(torch.corrcoef(torch.stack([of_image, mirror]))[0, 1]) < 0.1
     assert torch.equal(train.random_crops(c, 3), crops)  # a function of the step
     assert not torch.equal(train.random_crops(c, 4), crops)
     for crop in crops[:200].tolist():  # never beyond the picture
@@ -4959,6 +4965,16 @@ def test_a_run_is_not_overwritten(finished, run_command):
     assert read_files(finished) == before
 
 
+@pytest.mark.parametrize("name", ["tokenizer.pt", "generator.pt"])
+def test_a_checkpoint_without_its_settings_is_no_empty_folder(
+    name, finished, run_command, tmp_path
+):
+    shutil.copy(finished / name, tmp_path)
+    result = run_command(train, *FLAGS, "--out", tmp_path)
+    assert_refused(result, "train.py", "holds a run: continue it with --resume")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_error_of_the_process_is_one_line(tmp_path):
     done = run_process(REPOSITORY / "train.py", "--preset", "shape", cwd=tmp_path)
     assert done.returncode == 2
@@ -5255,6 +5271,39 @@ def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monk
     assert not {"rfid", "kid"} & read_metrics(tmp_path / "other").keys()
     assert draws[0] == draws[1]  # the network's own draws change nothing
 
+    # Resumed without the network: the same tokenizer keeps its distances, a longer one has none.
+    for steps, names in ((2, {"rfid", "kid"}), (3, set())):
+        flags = ["--resume", "--stage", "tokenizer", "--tokenizer_steps", steps, "--out", out]
+        assert run_command(train, *flags).status == 0
+        assert {"rfid", "kid"} & read_metrics(out).keys() == names
+
+
+@pytest.mark.usefixtures("quick_distance", "few_shapes", "bare_network")
+def test_a_single_held_out_image_has_no_distances(run_command, tmp_path):
+    flags = ["--stage", "tokenizer", "--tokenizer_steps", 2, "--eval_images", 1]
+    out = tmp_path / "run"
+    result = run_command(train, *FLAGS, *flags, "--weights", "bare.pth", "--out", out)
+    assert result.status == 0, result.err
+    assert not {"rfid", "kid"} & read_metrics(out).keys()
+
+
+def peak_memory(metrics, name):
+    prefix = "generator_" if name == "generator" else ""
+    return metrics[f"{prefix}peak_memory_gb"]
+
+
+def test_peak_memory_is_that_of_the_process_which_trained(copied_run, run_command):
+    """A finished run's checkpoint keeps it: to read the run again takes less."""
+    before = read_metrics(copied_run)
+    for name in ("tokenizer", "generator"):
+        path = copied_run / f"{name}.pt"
+        saved = torch.load(path, weights_only=True)
+        assert saved["peak"] / 2**30 == pytest.approx(peak_memory(before, name), abs=0.2)
+        torch.save({**saved, "peak": 3 * 2**30}, path)
+    assert run_command(train, "--resume", "--out", copied_run).status == 0
+    after = read_metrics(copied_run)
+    assert (peak_memory(after, "tokenizer"), peak_memory(after, "generator")) == (3.0, 3.0)
+
 
 def test_samples_as_arrays(finished, run_command, tmp_path):
     path = tmp_path / "x.npz"
@@ -5318,6 +5367,9 @@ BAD_SAMPLE_WORDS = [
     ("RUN --runs 1001", "--runs 1001 must lie in 1 to 1,000"),
     ("RUN --runs 100000000000000000000", "must lie in 1 to 1,000"),
     ("RUN --out old.png", "old.png exists: choose another --out"),
+    ("RUN --retain shapes --steps 3", "--classes, --steps and --guidance are of new images alone"),
+    ("RUN --uniformity shapes --guidance 2", "are of new images alone"),
+    ("RUN --reconstruct shapes --classes 0", "are of new images alone"),
     ("RUN --beside RUN", "--beside names runs to compare with, for --reconstruct alone"),
     ("RUN --reconstruct shapes --beside gone", "no run in gone"),
     ("RUN --reconstruct shapes --beside BARE LARGE", "large is of images of 32 pixels"),
@@ -5456,15 +5508,70 @@ def test_probe_is_ridge_regression_of_each_half(monkeypatch):
     assert found["visual"][1] > found["semantic"][1] + 0.2
 
 
-# ---- the commands in the README, --help
+# ---- the README and assets/evidence.md: links, code, commands; --help
 
 README = (REPOSITORY / "README.md").read_text()
+EVIDENCE = (REPOSITORY / "assets" / "evidence.md").read_text()
 PLACEHOLDERS = {"FOLDER": "shapes", "N": "64", "S": "32"}
 
 
+def anchors(text):
+    """What the headings of a page in Markdown are linked by, as GitHub names them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        words = re.sub(r"[^\w\s-]", "", heading.lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "assets/evidence.md"])
+def test_links_and_pictures_are_there(page):
+    path = REPOSITORY / page
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), f"{page} links to {link}, and there is no such file"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{page}: no heading for {link}"
+
+
+def test_every_asset_is_shown_or_named():
+    """A file in assets/ that no page mentions is left over."""
+    for path in (REPOSITORY / "assets").iterdir():
+        assert path.name in README + EVIDENCE, f"assets/{path.name} is named nowhere"
+
+
+PYTHON_BLOCKS = [
+    textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)```", README, re.M | re.S)
+]
+
+
+def test_the_readme_has_python_blocks():
+    assert len(PYTHON_BLOCKS) >= 3
+
+
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+def test_readme_python_runs(code, finished, tmp_path, monkeypatch, capsys):
+    """Each block alone, in a folder with a finished run; the FID network has random weights."""
+
+    def random_network(file, device):
+        return fid.InceptionV3().eval()
+
+    monkeypatch.setattr(fid, "load_inception", random_network)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "runs/shapes")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()  # each ends by printing what it found
+
+
 def readme_commands(script):
-    """The README's command lines of a script, in blocks and in the text, from its name on."""
-    parts = README.replace("\\\n", "").split("```")
+    """The pages' command lines of a script, in blocks and in the text, from its name on."""
+    parts = f"{README}\n{EVIDENCE}".replace("\\\n", "").split("```")
     code = []
     for text in parts[0::2]:
         code += re.findall("`([^`]+)`", text)
@@ -5480,12 +5587,15 @@ def readme_commands(script):
 
 
 def words_of(command):
-    """A command of the README -> its words after the script's name, all of them values."""
+    """A command of the pages -> its words after the script's name, all of them values.
+
+    A loop's variable has the first of its values.
+    """
 
     def value(variable):
-        return re.search(f'^{variable[1]}="(.*)"$', README, re.MULTILINE)[1]
+        return re.search(rf"for {variable[1]} in ([^\s;]+)", README + EVIDENCE)[1]
 
-    words = re.sub(r"\$([A-Z]+)", value, command).split()[1:]
+    words = re.sub(r"\$([a-z]+)", value, command).split()[1:]
     return [PLACEHOLDERS.get(word, word) for word in words]
 
 

@@ -134,7 +134,7 @@ def parse_arguments():
         "--stage",
         default="all",
         choices=["tokenizer", "generator", "all"],
-        help="what to train; generator: only if there is a tokenizer (default %(default)s)",
+        help="what to train; generator: if there is a tokenizer (default %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument(
@@ -168,7 +168,8 @@ def parse_arguments():
 
 
 def refuse_to_overwrite(args):
-    if not args.resume and (args.out / "config.json").exists():
+    files = ("config.json", "tokenizer.pt", "generator.pt")
+    if not args.resume and any((args.out / name).exists() for name in files):
         raise BadInput(
             f"{args.out} holds a run: continue it with --resume, or choose another --out"
         )
@@ -253,7 +254,9 @@ def step_seed(c, step):
 
 def random_crops(c, step):
     """The squares that the step's images are cropped to, (batch_size, 3): see crop_and_resize."""
-    crops = torch.rand(c.batch_size, 3, generator=torch.Generator().manual_seed(step_seed(c, step)))
+    # another seed than the loop's, or an image's crop would tell whether it is mirrored
+    generator = torch.Generator().manual_seed(step_seed(c, step) + 1)
+    crops = torch.rand(c.batch_size, 3, generator=generator)
     crops[:, 0] = c.crop + (1 - c.crop) * crops[:, 0]
     return crops
 
@@ -580,17 +583,18 @@ class Stage:
         self.path = run.out / f"{name}.pt"
         self.step = 0  # steps done
         self.seconds_before = 0.0  # of training, before this process
+        self.peak_before = 0  # bytes of memory, of earlier processes
         if self.path.exists():
             saved = load_checkpoint(self.path, run.device)
             load_states(self.path, states, saved)
             self.step = saved["step"]
             self.seconds_before = saved["seconds"]
+            self.peak_before = saved.get("peak", 0)
         self.first_step = self.step
+        self.start = time.monotonic()
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.forget_later_rows()
-        self.progress = Progress(f"{name} step", steps, self.step)
-        self.start = time.monotonic()
         self.all_finite = torch.ones((), dtype=torch.bool, device=run.device)
         self.stop_requested = False  # of this process
         self.stopping = False  # of all
@@ -604,6 +608,9 @@ class Stage:
             write_text(self.run.out / "log.jsonl", text)
 
     def __enter__(self):
+        self.progress = Progress(f"{self.name} step", self.steps, self.step)
+        self.start = time.monotonic()  # again: what came before the loop is not training
+
         def request_stop(*_):
             self.stop_requested = True
 
@@ -640,7 +647,7 @@ class Stage:
             )
         values = all_reduce_mean(torch.stack(list(means.values()))).tolist()
         figures = dict(zip(means, values))
-        text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if k != "grad_norm")
+        text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if not k.endswith("grad_norm"))
         seconds = time.monotonic() - self.start
         speed = (self.step - self.first_step) * self.batch_size / seconds
         self.progress.update(self.step, f"{text} {speed:.3g} images/s")
@@ -654,7 +661,7 @@ class Stage:
         if not self.finite_everywhere() or RANK != 0:
             return
         saved = {name: part.state_dict() for name, part in self.states.items()}
-        saved |= {"step": self.step, "seconds": self.seconds()}
+        saved |= {"step": self.step, "seconds": self.seconds(), "peak": self.peak()}
         write_atomically(self.path, lambda file: torch.save(saved, file))
 
     def stop(self):
@@ -666,17 +673,24 @@ class Stage:
     def seconds(self):
         return self.seconds_before + time.monotonic() - self.start
 
+    def peak(self):
+        """The most memory that a process took which trained this stage, bytes.
+
+        On a CPU that counts all that the process did before.
+        """
+        if self.step == self.first_step:  # this process has not trained it
+            return self.peak_before
+        if self.run.device.type == "cuda":
+            return max(self.peak_before, torch.cuda.max_memory_allocated())
+        return max(self.peak_before, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
     def figures(self):
         """For metrics.json: time, speed, memory."""
         seconds = self.seconds()
-        if self.run.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "seconds": round(seconds, 1),
             "images_per_second": round(self.steps * self.batch_size / seconds, 2),
-            "peak_memory_gb": round(peak / 2**30, 2),
+            "peak_memory_gb": round(self.peak() / 2**30, 2),
         }
 
 
@@ -781,7 +795,8 @@ def train_tokenizer(run, lpips, start):
             means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
             if use_disc:
-                torch.nn.utils.clip_grad_norm_(disc.parameters(), limit)
+                disc_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), limit)
+                means["disc_grad_norm"] = disc_norm
                 disc_optimizer.step()
 
             stage.end_step(means)  # from here on stage.step is step + 1, the number of steps done
@@ -844,8 +859,7 @@ def gather_usage_counts(model):
 
 def keep_counts_in_process_0(model):
     if RANK > 0:
-        model.quantizer_sem.usage_count.zero_()
-        model.quantizer_vis.usage_count.zero_()
+        reset_usage_counts(model)
 
 
 # ================================================================================================
@@ -999,10 +1013,13 @@ def train(args, c, device):
         f"{c.classes} classes, training images {where}",
         file=sys.stderr,
     )
+    print_plan(args, c)
     # What may fail for want of a file comes before anything is written, and before the seed: making
     # these networks draws random numbers, and no teacher must depend on whether they are there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
-    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+    complete = steps_done(args.out / "tokenizer.pt") >= c.tokenizer_steps
+    use_lpips = c.lambda_perceptual and not complete
+    lpips = load_lpips(args.lpips, device) if use_lpips else None
     start_weights = load_start(c)
     torch.manual_seed(c.seed)
 
@@ -1024,13 +1041,19 @@ def train(args, c, device):
         teacher = load_teacher(args.out, c)
         run = Run(c, args.out, data, teacher, device, inception)
 
-        metrics = read_metrics(args.out)  # of the generator, if only the tokenizer is asked for
-        # a complete one is only read
+        # Figures of an earlier call stay: a generator's, FID without the network at hand. Not those
+        # of a tokenizer that had fewer steps.
+        metrics = read_metrics(args.out) if complete else {}
+        # a complete tokenizer is only read; an unfinished one is finished, whatever the stage
         model, hist_before, figures = train_tokenizer(run, lpips, start_weights)
         figures["processes"] = WORLD_SIZE
         if RANK == 0:
             metrics |= report_tokenizer(run, model, hist_before, figures)
             write_json(args.out / "metrics.json", metrics)
+            print(
+                f"tokenizer: done. Look at {args.out}: reconstructions.png, histogram.png",
+                file=sys.stderr,
+            )
         if args.stage != "tokenizer":
             generator, figures = train_generator(run, model)
             if RANK == 0:
@@ -1039,6 +1062,35 @@ def train(args, c, device):
         if RANK == 0:
             draw_curves(args.out, teacher["floor"])
             print_summary(args.out, metrics, time.monotonic() - start)
+            print_next_steps(args, c)
+
+
+def print_plan(args, c):
+    stages = [f"a tokenizer in {c.tokenizer_steps} steps"]
+    if args.stage != "tokenizer":
+        stages.append(f"a generator of its tokens in {c.generator_steps} steps")
+    print(
+        f"plan: a teacher; {'; '.join(stages)}. What is complete is only read. Each line of "
+        f"progress ends in the time left. Pictures come into {args.out}. Ctrl-C saves, --resume "
+        f"goes on",
+        file=sys.stderr,
+    )
+
+
+def print_next_steps(args, c):
+    """The pictures of a finished run, and commands that show more of it."""
+    pictures = ["reconstructions.png", "histogram.png", "curves.png"]
+    if args.stage == "tokenizer":
+        command = f"python train.py --resume --out {args.out}  # the generator"
+    else:
+        pictures.insert(0, "samples.png")
+        command = f"python sample.py {args.out} --n 64 --out more.png"
+    print(f"pictures in {args.out}: {', '.join(pictures)}", file=sys.stderr)
+    print(
+        f"next: {command}\n"
+        f"      python sample.py {args.out} --retain {c.data} --out halves.png  # figure 4",
+        file=sys.stderr,
+    )
 
 
 def check_steps(folder, c):

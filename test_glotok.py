@@ -4316,6 +4316,22 @@ def test_ctrl_c_among_the_imports(words, small_run, tmp_path):
     assert os.listdir(tmp_path) == ["A.npz"]
 
 
+def test_openmps_threads_sleep_soon():
+    """libgomp reads the number when torch is loaded, and not again."""
+    code = """
+        import os, sys
+
+        class Spy:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    print(os.environ.get("GOMP_SPINCOUNT"))
+
+        sys.meta_path.insert(0, Spy())
+        import train
+    """
+    assert run_process("-c", textwrap.dedent(code), cwd=REPOSITORY).stdout.split() == ["5000"]
+
+
 def test_ctrl_c_before_the_teacher_is_trained(tmp_path):
     status, err = interrupted(["train.py", "--preset", "shapes"], "data: ", tmp_path)
     assert status == 130, err

@@ -4321,6 +4321,8 @@ def test_openmps_threads_sleep_soon():
     code = """
         import os, sys
 
+        os.environ.pop("GOMP_SPINCOUNT", None)
+
         class Spy:
             def find_spec(self, name, path=None, target=None):
                 if name == "torch":

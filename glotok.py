@@ -76,10 +76,10 @@ class Config:
 
     # the tokenizer: VQGAN's encoder and decoder; each level after the first halves the picture
     patch: int = setting(2, "pixels folded into channels, each way, at the start (paper: 1)", 1, 16)
-    channels: int = setting(32, "channels of the first level", 4, 4096)
+    channels: int = setting(48, "channels of the first level", 4, 4096)
     channel_mult: tuple = setting((1, 1), "channels of each level, times `channels`", 1, 64)
     res_blocks: int = setting(1, "residual blocks a level (the decoder has one more)", 1, 16)
-    z_channels: int = setting(32, "channels of Z, the encoder's output", 1, 8192)
+    z_channels: int = setting(48, "channels of Z, the encoder's output", 1, 8192)
     adapter_layers: int = setting(0, "transformer layers of an adapter; 0: one linear map", 0, 64)
     width: int = setting(64, "width of adapters and residual modules", 8, 8192)
     heads: int = setting(4, "attention heads in adapters and residual modules", 1, 128)

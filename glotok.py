@@ -118,6 +118,7 @@ class Config:
     gen_heads: int = setting(4, "attention heads of the generator", 1, 128)
     head_layers: int = setting(3, "far: blocks of the head that predicts a position", 1, 64)
     gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
+    time_shift: float = setting(0.8, "xar trains at t = sigmoid(normal + this) (xAR: 0)", -9, 9)
     label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
     latent_residual: int = setting(0, "1: learn the latents after eqs. (11), (12); 0: before", 0, 1)
     snap: int = setting(
@@ -249,6 +250,7 @@ CIFAR10 = Config(
     gen_width=384,
     gen_layers=8,
     gen_heads=6,
+    time_shift=0.0,
     gen_dropout=0.1,
     generator_steps=40000,
     gen_batch=256,
@@ -335,6 +337,7 @@ IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
     gen_width=512,
     gen_layers=12,
     gen_heads=8,
+    time_shift=0.0,
     gen_dropout=0.1,
     generator_steps=60000,
     gen_batch=128,
@@ -389,6 +392,7 @@ IMAGENET256 = Config(
     gen_width=768,
     gen_layers=16,
     gen_heads=12,
+    time_shift=0.0,
     gen_dropout=0.1,
     generator_steps=500456,  # 800 epochs of 1,281,167 images, 2,048 a step
     gen_batch=2048,
@@ -1294,6 +1298,10 @@ def gradient_ratio(loss, other, weight):
 # pass under a block-causal mask trains all cells. (At sampling the finished cells are shown at
 # t = 0, as in xAR, a level that the logit-normal draw of t hardly ever gives.)
 #
+# Which t to learn at. xAR draws the logit of t from a standard normal. Few t then lie near 1, where
+# the shape of a picture is decided, and a short run learns that last: preset shapes departs from
+# xAR and moves the normal by time_shift.
+#
 # Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z) for a label y: the
 # difference of the scores with and without it points to where the label is more certain. At each t
 # we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
@@ -1425,7 +1433,9 @@ class XAR(nn.Module):
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
-        t = torch.randn(batch, self.cells, device=device).sigmoid()  # logit-normal(0, 1)
+        # logit-normal: xAR's time_shift is 0
+        normal = torch.randn(batch, self.cells, device=device)
+        t = (normal + self.config.time_shift).sigmoid()
         noise = torch.randn(batch, self.cells, self.tokens_per_cell, self.channels, device=device)
         hidden = torch.rand(batch, device=device) < self.config.label_dropout
         return t, noise, hidden

@@ -1300,14 +1300,15 @@ def test_latent_std_divides_the_latents_and_multiplies_the_samples():
     assert torch.equal(xar.sample(labels, steps=2), 4 * sampled)
 
 
-def test_times_are_logit_normal_and_each_cells_own():
-    xar = XAR(replace(SMALL, label_dropout=0.3))
+@pytest.mark.parametrize("shift", [0.0, 0.8])
+def test_times_are_logit_normal_and_each_cells_own(shift):
+    xar = XAR(replace(SMALL, label_dropout=0.3, time_shift=shift))
     t, noise, hidden = xar.draw(4000, torch.device("cpu"))
     assert t.shape == (4000, 4)
     assert noise.shape == (4000, 4, 16, 16)
     assert hidden.shape == (4000,)
     normal = t.logit()
-    assert normal.mean().item() == pytest.approx(0, abs=0.05)
+    assert normal.mean().item() == pytest.approx(shift, abs=0.05)
     assert normal.std().item() == pytest.approx(1, abs=0.05)
     correlation = torch.corrcoef(normal.T) - torch.eye(4)
     assert correlation.abs().max() < 0.1

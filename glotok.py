@@ -128,7 +128,7 @@ class Config:
     top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
     guidance: float = setting(5.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
-    generator_steps: int = setting(3000, "training steps of the generator", 1)
+    generator_steps: int = setting(4000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
     gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
     gen_lr_end: float = setting(0.0, "learning rate at the end of gen_cooldown", 0, 1)

@@ -118,7 +118,7 @@ class Config:
     gen_heads: int = setting(4, "attention heads of the generator", 1, 128)
     head_layers: int = setting(3, "far: blocks of the head that predicts a position", 1, 64)
     gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
-    time_shift: float = setting(0.8, "xar trains at t = sigmoid(normal + this) (xAR: 0)", -9, 9)
+    time_shift: float = setting(0.8, "xar trains at t = sigmoid(normal + this) (xAR: 0)", 0, 9)
     label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
     latent_residual: int = setting(0, "1: learn the latents after eqs. (11), (12); 0: before", 0, 1)
     snap: int = setting(

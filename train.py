@@ -987,6 +987,8 @@ def main():
     with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
         train(args, c, device)
     if WORLD_SIZE > 1:
+        # Together: a process that left first was now and then aborted by its own threads.
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -273,6 +273,11 @@ def squared_radii(features, k, what):
     return torch.cat(radii) + 1e-12 * features.double().square().sum(1)
 
 
+def evenly_spaced(n, k):
+    """Up to k positions of range(n), evenly spaced: folders come sorted by class."""
+    return torch.arange(min(n, k)) * n // min(n, k)
+
+
 def squared_distances(x, y):
     """(n, d) and (m, d) -> (n, m), float64: in float32 the differences of close points drown."""
     x = x.double()
@@ -671,12 +676,12 @@ def compare(reference, samples, wanted, device, split_size=None, paired=False):
     if not names:
         return figures
 
-    # 10,000 references, as in ADM's files; evenly spaced, for a folder comes sorted by class
+    # 10,000 references, as in ADM's files
     n = len(reference.features)
     at_most = min(n, 10000)
     if at_most < n:
         note(f"precision and recall take 10,000 of the {n} reference images, evenly spaced")
-    of_reference = reference.features[torch.arange(at_most) * n // at_most].to(device)
+    of_reference = reference.features[evenly_spaced(n, at_most)].to(device)
     of_samples = samples.features.to(device)
     fewest = min(at_most, len(of_samples))
     if fewest > 3:

@@ -22,8 +22,8 @@ The map of this file. An equation's number in parentheses stands beside the code
      1  configuration                       Config, PRESETS
      2  quantizer                           (1)
      3  histogram relation loss             (4)-(7)
-     4  residual module                     (8)-(12)
-     5  tokenizer                           GloTok
+     4  residual module                     the network of (8), (9)
+     5  tokenizer                           GloTok, (8)-(12)
      6  the whole loss                      (2), (3), (13), and the discriminator's
      7  generator, section 3.4              XAR
      8  rivals                              local supervision (FQGAN, VA-VAE), FAR

@@ -37,6 +37,7 @@ from fid import (
     Progress,
     cache_path,
     compare,
+    evenly_spaced,
     load_checkpoint,
     load_data,
     load_inception,
@@ -121,11 +122,6 @@ def save_comparison(path, images, recons, n=8):
         mean = psnr(images, recon).mean()
         rows.append((f"{name}: {mean:.1f} dB", recon[some]))
     save_image_grid(path, rows, f"held-out images, PSNR over {len(images)}", least_side=128)
-
-
-def evenly_spaced(n, k):
-    """Up to k positions of range(n), evenly spaced: folders come sorted by class."""
-    return torch.arange(min(n, k)) * n // min(n, k)
 
 
 # curves: a list of (name, xs, ys); style: "line", "log" (of y) or "dots"
@@ -607,7 +603,7 @@ def tsne(x, perplexity=30.0, steps=1000):
     for step in range(steps):
         # At first p is exaggerated and momentum small: clusters form before they settle.
         early = step < steps // 4
-        w = squared_distances(y, y).add_(1).reciprocal_().fill_diagonal_(0)
+        w = squared_cdist(y, y).add_(1).reciprocal_().fill_diagonal_(0)
         q = w / w.sum()
         if early:
             force = torch.sub(p, q, alpha=1 / 12).mul_(12 * w)  # (12 p - q) w
@@ -621,7 +617,7 @@ def tsne(x, perplexity=30.0, steps=1000):
     return y
 
 
-def squared_distances(x, y):
+def squared_cdist(x, y):
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
@@ -631,7 +627,7 @@ def neighbour_probabilities(x, perplexity):
     entropy = math.log(min(perplexity, (n - 1) / 3))
     bands = []
     for rows in torch.arange(n, device=x.device).split(1000):
-        distance = squared_distances(x[rows], x)
+        distance = squared_cdist(x[rows], x)
         distance[torch.arange(len(rows)), rows] = torch.inf  # nobody is a neighbour of itself
         # Bisect the logarithm of the precision, row by row, until the entropy fits.
         low = x.new_full((len(rows), 1), -50)
@@ -727,7 +723,7 @@ def parse_arguments():
         default="samples.png",
         help="a picture (.png), or new images as arrays (.npz) (default %(default)s)",
     )
-    val = "held-out images of shapes, cifar10, a folder, or an .npz"
+    val = "held-out images of shapes, cifar10, imagenette, a folder, or an .npz"
     add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
     add("--weights", metavar="FILE", help="of --reconstruct's FID network, else the published one")
     add(
@@ -825,9 +821,9 @@ def command_retain(args, config, device):
     val = read_val_set(model, args.retain, min(config.eval_images, 5000), device)
     torch.manual_seed(args.seed)
     train_index = torch.randperm(len(val.data.train))[:4000]
-    shown = evenly_spaced(len(val.images), images_at_once(config))
-    retain(args.out, model, val.images[shown], val.tokens[shown].to(device))
-    print(f"{args.out}: {len(shown)} held-out images of {args.retain}")
+    measured = evenly_spaced(len(val.images), images_at_once(config))
+    retain(args.out, model, val.images[measured], val.tokens[measured].to(device))
+    print(f"{args.out}: {len(measured)} held-out images of {args.retain}")
 
     train_images = read_at(val.data.train, train_index, config.image_size)
     images = torch.cat([train_images, val.images])

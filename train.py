@@ -1,7 +1,7 @@
 """Train GloTok: first the tokenizer, then a generator of its tokens.
 
     python train.py                                             # drawn shapes: a CPU, minutes
-    python train.py --preset cifar10 --data FOLDER --out runs/mine --tokenizer_steps 5000
+    python train.py --preset cifar10-small --data FOLDER --out runs/mine --lambda_res 0
     python train.py --resume --out runs/mine                    # go on where it stopped
     torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
 
@@ -43,6 +43,7 @@ from fid import (
     Parser,
     Progress,
     choose,
+    evenly_spaced,
     fetch,
     load_checkpoint,
     load_data,
@@ -83,7 +84,6 @@ from sample import (
     Run,
     draw_curves,
     encode_all,
-    evenly_spaced,
     find_inception,
     load_config,
     load_convnet,
@@ -139,7 +139,8 @@ def parse_arguments():
         "--stage",
         default="all",
         choices=["tokenizer", "generator", "all"],
-        help="what to train; generator: if there is a tokenizer (default %(default)s)",
+        help="what to train; generator: with --resume, of the tokenizer that is there "
+        "(default %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument(
@@ -275,8 +276,9 @@ def autocast(c, device):
 def use_bf16(c, device):
     """Whether to train in bf16: as told, or where it is faster.
 
-    That is on GPUs that have it, and for wide networks on CPUs that multiply it natively. Preset
-    shapes took 1.6 times as long with it; where it is emulated it is many times slower.
+    That is on GPUs that have it, and for wide tokenizers and their generators on CPUs that multiply
+    it natively. Preset shapes took 1.6 times as long with it; where it is emulated it is many times
+    slower.
     """
     if c.precision != "auto":
         return c.precision == "bf16"
@@ -362,7 +364,14 @@ def make_teacher(c, data, device):
     that free codes reach (histogram_floor); of a convnet also its weights and its number of
     classes. For the record: how many "vectors" there are, and the SHA-256 of a file.
     """
-    teacher = describe_teacher(c, data, device)
+    if c.teacher == "sphere":
+        histogram = sphere_histogram(c.code_dim, c.bins)
+        teacher = {"histogram": histogram, "moments": (0.0, 1 / c.code_dim)}
+    else:
+        vectors, teacher = teacher_vectors(c, data, device)
+        teacher["histogram"] = relation_histogram(vectors.to(device), c.bins).cpu()
+        teacher["moments"] = cosine_moments(vectors)
+        teacher["vectors"] = len(vectors)
     codes = min(c.codes_sem, MAX_FLOOR_CODES)
     teacher["floor"] = histogram_floor(teacher["histogram"].to(device), codes, c.code_dim)
     return teacher
@@ -371,12 +380,11 @@ def make_teacher(c, data, device):
 MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
 
 
-def describe_teacher(c, data, device):
-    """make_teacher's dict but for the floor."""
-    if c.teacher == "sphere":
-        histogram = sphere_histogram(c.code_dim, c.bins)
-        return {"histogram": histogram, "moments": (0.0, 1 / c.code_dim)}
+def teacher_vectors(c, data, device):
+    """The vectors (n, d) of a teacher that has some, and what to keep beside them, a dict.
 
+    A convnet is trained here, and a network's features are clustered.
+    """
     teacher = {}
     if c.teacher == "convnet":
         teacher["convnet"] = train_convnet(c, data, device).state_dict()
@@ -387,10 +395,7 @@ def describe_teacher(c, data, device):
         path, name = split_teacher_spec(c.teacher)
         vectors = read_vectors(path, name)
         teacher["sha256"] = sha256(path)
-    teacher["histogram"] = relation_histogram(vectors.to(device), c.bins).cpu()
-    teacher["moments"] = cosine_moments(vectors)
-    teacher["vectors"] = len(vectors)
-    return teacher
+    return vectors, teacher
 
 
 def train_convnet(c, data, device, steps=300, batch_size=64):
@@ -926,6 +931,7 @@ def train_generator(run, model):
             limit = c.clip or torch.inf
             means["grad_norm"] = torch.nn.utils.clip_grad_norm_(generator.parameters(), limit)
             optimizer.step()
+            # a decay that starts low: a young average forgets the initial weights sooner
             update_ema(ema_model, generator, min(c.ema, (1 + step) / (10 + step)))
 
             stage.end_step(means)
@@ -962,7 +968,7 @@ def encode_training_set(run, model, mirror=False):
 
 
 def update_ema(ema_model, model, decay):
-    """Moving average of the weights. A decay that starts low lets young averages forget faster."""
+    """The moving average of the weights takes a step towards them."""
     for average, weight in zip(ema_model.parameters(), model.parameters()):
         average.lerp_(weight.detach(), 1 - decay)
 
@@ -993,7 +999,10 @@ def main():
 
 
 def check_fits(args, c):
-    """BadInput if the batches cannot be divided, or the stage lacks what it builds on."""
+    """BadInput if the batches cannot be divided, or the stage lacks what it builds on.
+
+    A note if the discriminator would enter after the end.
+    """
     for name in ("batch_size", "gen_batch"):
         if getattr(c, name) % (WORLD_SIZE * c.accumulate):
             raise BadInput(
@@ -1002,6 +1011,11 @@ def check_fits(args, c):
             )
     if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
         raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
+    if c.lambda_adv and c.adv_start >= c.tokenizer_steps:
+        note(
+            f"the discriminator would enter at step {c.adv_start}, and training ends at "
+            f"{c.tokenizer_steps}: it is not used (--adv_start)"
+        )
 
 
 def train(args, c, device):
@@ -1022,7 +1036,7 @@ def train(args, c, device):
     )
     print_plan(args, c)
     # What may fail for want of a file comes before anything is written, and before the seed: making
-    # these networks draws random numbers, and no teacher must depend on whether they are there.
+    # these networks draws random numbers, and a teacher must not depend on whether they are there.
     inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
     complete = steps_done(args.out / "tokenizer.pt") >= c.tokenizer_steps
     use_lpips = c.lambda_perceptual and not complete
@@ -1048,8 +1062,8 @@ def train(args, c, device):
         teacher = load_teacher(args.out, c)
         run = Run(c, args.out, data, teacher, device, inception)
 
-        # Figures of an earlier call stay: a generator's, FID without the network at hand. Not those
-        # of a tokenizer that had fewer steps.
+        # Figures of an earlier call stay: the generator's, and FID if its network is not at hand
+        # this time. Not those of a tokenizer that had fewer steps.
         metrics = read_metrics(args.out) if complete else {}
         # a complete tokenizer is only read; an unfinished one is finished, whatever the stage
         model, hist_before, figures = train_tokenizer(run, lpips, start_weights)

@@ -1,4 +1,4 @@
-"""The paper, checked: its equations against independent computations, and every command.
+"""The paper, checked: its equations against independent computations; then the commands.
 
     python -m pytest -q
 
@@ -7,6 +7,7 @@ Part II    networks, data, measures
 Part III   commands, bad input, faults
 """
 
+import argparse
 import ast
 import fcntl
 import functools
@@ -145,13 +146,13 @@ def finished(tmp_path_factory):
     time.
     """
     folder = tmp_path_factory.mktemp("runs") / "run"
-    driver = """if True:
+    driver = """
         import fid, train
         draw_shapes = fid.draw_shapes
         fid.draw_shapes = lambda n, size, seed: draw_shapes(min(n, 1000), size, seed)
         fid.run_script(train.main)
     """
-    done = run_process("-c", driver, *FLAGS, "--out", folder, cwd=REPOSITORY)
+    done = run_process("-c", textwrap.dedent(driver), *FLAGS, "--out", folder, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     (folder.parent / "stderr.txt").write_text(done.stderr)
     return folder
@@ -4597,6 +4598,15 @@ def test_a_single_semantic_code_is_a_vq_vae(small_flags, tmp_path, monkeypatch, 
     assert len(tokens.unique()) > 4
 
 
+def test_a_discriminator_that_would_enter_after_the_end_is_named(capsys):
+    args = argparse.Namespace(stage="all", out=Path("run"))
+    c = replace(TINY, lambda_adv=0.5, adv_start=10, tokenizer_steps=10)
+    train.print_plan(args, c)
+    assert "enter at step 10" in capsys.readouterr().err
+    train.print_plan(args, replace(c, adv_start=9))
+    assert "enter at step" not in capsys.readouterr().err
+
+
 def test_the_discriminators_gradient_is_clipped_too(
     small_flags, tmp_path, monkeypatch, run_command
 ):
@@ -5527,7 +5537,7 @@ def test_probe_is_ridge_regression_of_each_half(monkeypatch):
     assert found["visual"][1] > found["semantic"][1] + 0.2
 
 
-# ---- the README and assets/evidence.md: links, code, commands; --help
+# ---- the README and assets/evidence.md: links, flags of the commands, the README's code; --help
 
 README = (REPOSITORY / "README.md").read_text()
 EVIDENCE = (REPOSITORY / "assets" / "evidence.md").read_text()

@@ -999,10 +999,7 @@ def main():
 
 
 def check_fits(args, c):
-    """BadInput if the batches cannot be divided, or the stage lacks what it builds on.
-
-    A note if the discriminator would enter after the end.
-    """
+    """BadInput if the batches cannot be divided, or the stage lacks what it builds on."""
     for name in ("batch_size", "gen_batch"):
         if getattr(c, name) % (WORLD_SIZE * c.accumulate):
             raise BadInput(
@@ -1011,11 +1008,6 @@ def check_fits(args, c):
             )
     if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
         raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
-    if c.lambda_adv and c.adv_start >= c.tokenizer_steps:
-        note(
-            f"the discriminator would enter at step {c.adv_start}, and training ends at "
-            f"{c.tokenizer_steps}: it is not used (--adv_start)"
-        )
 
 
 def train(args, c, device):
@@ -1096,6 +1088,11 @@ def print_plan(args, c):
         f"goes on",
         file=sys.stderr,
     )
+    if c.lambda_adv and c.adv_start >= c.tokenizer_steps:
+        note(
+            f"the discriminator would enter at step {c.adv_start}, and training ends at "
+            f"{c.tokenizer_steps}: it is not used (--adv_start)"
+        )
 
 
 def print_next_steps(args, c):

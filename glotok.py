@@ -126,7 +126,8 @@ class Config:
     )
     stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
     top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
-    guidance: float = setting(5.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
+    guidance: float = setting(3.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
+    guidance_first: float = setting(3.0, "xar: at most so much at the first cell (xAR: 1)", 0, 100)
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
     generator_steps: int = setting(4000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
@@ -258,6 +259,8 @@ CIFAR10 = Config(
     gen_warmup=1000,
     gen_cooldown=0.25,
     ema=0.9995,
+    guidance=5.0,
+    guidance_first=1.0,
     sampling_steps=40,
 )
 
@@ -347,6 +350,7 @@ IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
     ema=0.9995,
     stochastic=1,
     guidance=2.7,
+    guidance_first=1.0,
     sampling_steps=40,
 )
 
@@ -403,6 +407,7 @@ IMAGENET256 = Config(
     ema=0.9999,
     stochastic=1,
     guidance=2.7,
+    guidance_first=1.0,
     sampling_steps=40,
 )
 
@@ -1309,7 +1314,9 @@ def gradient_ratio(loss, other, weight):
 # z)^g, so the samples only lean that way.) Its weights 1 - g and g add up to 1, and v is affine in
 # s, so the same combination holds for v. One network gives both, since a share of its labels is
 # hidden in training. xAR lets g grow linearly over the cells, from 1 at the first: the first cells
-# decide what the picture is, where guidance costs variety; the later ones must fit to them.
+# decide what the picture is, where guidance costs variety; the later ones must fit to them. After a
+# run as short as preset shapes that leaves pictures in which no shape was begun: there g is the
+# same at every cell (guidance_first).
 
 
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.
@@ -1459,13 +1466,14 @@ class XAR(nn.Module):
 
         t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code. Euler's
         steps; with config.stochastic Euler-Maruyama's, the last without noise. `guidance` is the
-        last cell's.
+        last cell's; the first has as much, but at most config.guidance_first.
         """
+        first = min(self.config.guidance_first, guidance)
         caches = [[] for _ in self.blocks]
         finished = []
         for cell in range(self.cells):
             ramp = cell / max(self.cells - 1, 1)
-            strength = 1 + (guidance - 1) * ramp
+            strength = first + (guidance - first) * ramp
             finished.append(self.sample_cell(labels, cell, caches, steps, strength))
         return self.latent_std * self.from_cells(torch.cat(finished, dim=1))
 

@@ -1403,10 +1403,11 @@ def sample_cells(xar, labels, guidance):
     return xar.to_cells(xar.sample(labels, steps=3, guidance=guidance))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance, guidance_first", [(1.0, 1.0), (3.0, 1.0), (1.0, 2.0)])
 @torch.no_grad()
-def test_guidance_is_1_at_the_first_cell(guidance):
-    xar = fill_zero_weights(XAR(SMALL))
+def test_guidance_is_1_at_the_first_cell(guidance, guidance_first):
+    """As xAR has it; and without guidance, whatever the first cell may have."""
+    xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=guidance_first)))
     labels = torch.tensor([1])
     cells = sample_cells(xar, labels, guidance)
 
@@ -1420,18 +1421,20 @@ def test_guidance_is_1_at_the_first_cell(guidance):
 
 
 def test_guidance_changes_the_second_cell():
-    xar = fill_zero_weights(XAR(SMALL))
+    xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=1.0)))
     labels = torch.tensor([1])
     weak = sample_cells(xar, labels, 1.0)
     strong = sample_cells(xar, labels, 3.0)
     assert (strong[:, 1] - weak[:, 1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("cell, strength", [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)])
+@pytest.mark.parametrize("guidance_first, step", [(1.0, 1.0), (2.5, 0.5), (9.0, 0.0)])
+@pytest.mark.parametrize("cell", [0, 1, 2, 3])
 @torch.no_grad()
-def test_guidance_grows_over_the_cells_to_its_full_value(cell, strength):
+def test_guidance_grows_over_the_cells_to_its_full_value(cell, guidance_first, step):
     """v(no label) + g (v(label) - v(no label)), at guidance 4: g = 4 at the last of 4 cells."""
-    xar = fill_zero_weights(XAR(SMALL))
+    strength = 4 - step * (3 - cell)
+    xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=guidance_first)))
     labels = torch.tensor([1, 0])
     no_label = torch.tensor([3, 3])
     cells = sample_cells(xar, labels, guidance=4.0)

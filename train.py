@@ -111,6 +111,7 @@ MAY_CHANGE = {
     # read after training alone
     "eval_images",
     "guidance",
+    "guidance_first",
     "sampling_steps",
     "stochastic",
     "snap",

@@ -9,6 +9,7 @@ Part III   commands, bad input, faults
 
 import argparse
 import ast
+import csv
 import fcntl
 import functools
 import hashlib
@@ -5575,6 +5576,31 @@ def test_every_asset_is_shown_or_named():
     """A file in assets/ that no page mentions is left over."""
     for path in (REPOSITORY / "assets").iterdir():
         assert path.name in README + EVIDENCE, f"assets/{path.name} is named nowhere"
+
+
+def test_means_on_the_evidence_page_are_those_of_its_csv():
+    """Each "mean ± spread" there is one row's, or a difference of two rows, paired by seed."""
+    values = {}  # (row, measure) -> {seed: value}
+    for r in csv.DictReader((REPOSITORY / "assets" / "evidence.csv").read_text().splitlines()):
+        values.setdefault((r["row"], r["measure"]), {})[r["seed"]] = float(r["value"])
+    known = [list(runs.values()) for runs in values.values()]
+    found = {(np.mean(x), np.std(x, ddof=1)) for x in known if len(x) > 1}
+    for (_, measure), runs in values.items():
+        for (_, other_measure), others in values.items():
+            if measure == other_measure and runs.keys() == others.keys() and len(runs) > 1:
+                d = [value - others[seed] for seed, value in runs.items()]
+                found.add((np.mean(d), np.std(d, ddof=1) / math.sqrt(len(d))))
+
+    part = EVIDENCE[EVIDENCE.index("## Does L_hist") : EVIDENCE.index("## What each loss")]
+    printed = re.findall(r"([+-]?\d+\.\d+) ±\s+(\d+\.\d+)", part)
+    assert len(printed) > 50
+    for mean, spread in set(printed):
+        digits = len(spread.split(".")[1])
+        mean = mean.lstrip("+")
+        assert any(
+            mean in (f"{m:.{digits}f}", f"{abs(m):.{digits}f}") and spread == f"{s:.{digits}f}"
+            for m, s in found
+        ), f"{mean} ± {spread} is not in assets/evidence.csv"
 
 
 PYTHON_BLOCKS = [

@@ -1315,8 +1315,8 @@ def gradient_ratio(loss, other, weight):
 # s, so the same combination holds for v. One network gives both, since a share of its labels is
 # hidden in training. xAR lets g grow linearly over the cells, from 1 at the first: the first cells
 # decide what the picture is, where guidance costs variety; the later ones must fit to them. After a
-# run as short as preset shapes that leaves pictures in which no shape was begun: there g is the
-# same at every cell (guidance_first).
+# run as short as preset shapes that leaves pictures in which no shape was begun: there g begins
+# at 3 (guidance_first).
 
 
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.

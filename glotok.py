@@ -127,7 +127,9 @@ class Config:
     stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
     top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
     guidance: float = setting(3.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
-    guidance_first: float = setting(3.0, "xar: at most so much at the first cell (xAR: 1)", 0, 100)
+    guidance_first: float = setting(
+        3.0, "xar: upper limit of it at the first cell (xAR: 1)", 0, 100
+    )
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
     generator_steps: int = setting(4000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
@@ -1311,12 +1313,14 @@ def gradient_ratio(loss, other, weight):
 # difference of the scores with and without it points to where the label is more certain. At each t
 # we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
 # of guidance, and g = 1 is none. (These densities are not the noised versions of p_0(z) p_0(y |
-# z)^g, so the samples only lean that way.) Its weights 1 - g and g add up to 1, and v is affine in
-# s, so the same combination holds for v. One network gives both, since a share of its labels is
-# hidden in training. xAR lets g grow linearly over the cells, from 1 at the first: the first cells
-# decide what the picture is, where guidance costs variety; the later ones must fit to them. After a
-# run as short as preset shapes that leaves pictures in which no shape was begun: there g begins
-# at 3 (guidance_first).
+# z)^g, so the samples only lean that way.) Its weights 1 - g and g add up to 1, and for t < 1 v is
+# affine in s, so the same combination holds for v. (At t = 1 s knows nothing of y: there it is a
+# convention.) One network gives both, since a share of its labels is hidden in training.
+#
+# xAR lets g grow linearly over the cells, from 1 at the first: the first cells decide what the
+# picture is, where guidance costs variety; the later ones must fit to them. After a run as short as
+# preset shapes that leaves pictures in which no shape was begun, so its first cell is guided as
+# much as the last (guidance_first).
 
 
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.

@@ -5603,6 +5603,19 @@ def test_means_on_the_evidence_page_are_those_of_its_csv():
         ), f"{mean} ± {spread} is not in assets/evidence.csv"
 
 
+def test_the_evidence_is_computed_by_the_block_that_is_printed(tmp_path, monkeypatch, capsys):
+    """Its figures, and the plot; one difference by hand, from the csv."""
+    [code] = re.findall(r"^```python\n(import csv.*?)```", EVIDENCE, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "assets", "assets")
+    exec(compile(code, "evidence.md", "exec"), {})
+    d = np.array([23.502, 23.3416, 23.4631]) - [23.4019, 23.3784, 23.4222]
+    spread = d.std(ddof=1) / np.sqrt(3)
+    line = f"L_hist, sphere - none | psnr {d.mean():+.4f} ± {spread:.4f}\n"
+    assert line in capsys.readouterr().out
+    assert Image.open("dose.png").size == Image.open("assets/dose.png").size
+
+
 PYTHON_BLOCKS = [
     textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)```", README, re.M | re.S)
 ]

@@ -5603,6 +5603,48 @@ def test_means_on_the_evidence_page_are_those_of_its_csv():
         ), f"{mean} ± {spread} is not in assets/evidence.csv"
 
 
+@pytest.mark.parametrize(
+    "section, generator", [("## Rivals, unif", ""), ("## Does L_hist improve gen", "xAR: ")]
+)
+def test_the_tables_of_rivals_are_the_csv_cell_by_cell(section, generator):
+    """Each cell under a measure is its own row's, and each "against none" its own difference."""
+    values = {}  # (row, measure) -> [value of seed 0, 1, 2]
+    for r in csv.DictReader((REPOSITORY / "assets" / "evidence.csv").read_text().splitlines()):
+        values.setdefault((r["row"], r["measure"]), []).append(float(r["value"]))
+    measures = {"PSNR, dB": "psnr", "tokenizer's PSNR, dB": "psnr", "KID": "kid"}
+    measures |= {"class found": "accuracy", "semantic codes used": "usage_sem"}
+
+    table = re.search(
+        r"^\| semantic codes taught by .*?\n\n", EVIDENCE.split(section)[1], re.M | re.S
+    )
+    header, _, *lines = table[0].strip().splitlines()
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    checked = 0
+    for line in lines:
+        label, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        name = label.strip("()").removeprefix("a ")
+        here = generator
+        if name.endswith(", FAR"):
+            name, here = name.removesuffix(", FAR"), "FAR: "
+        if name in ("FQGAN, convnet", "VA-VAE, convnet"):
+            name = name.removesuffix(", convnet")
+        for column, cell in zip(columns, cells, strict=True):
+            if column in measures:  # "against none" stands right of its measure
+                measure = measures[column]
+            if not cell:
+                continue
+            x = np.array(values[here + name, measure])
+            spread, sign = x.std(ddof=1), ""
+            if column == "against none":
+                x = x - values[here + "none", measure]
+                spread, sign = x.std(ddof=1) / math.sqrt(3), "+"
+            digits = len(cell.split(".")[-1])
+            expected = f"{x.mean():{sign}.{digits}f} ± {spread:.{digits}f}"
+            assert cell == expected, f"{label}, {column}: {cell}, and the csv has {expected}"
+            checked += 1
+    assert checked > 30
+
+
 def test_the_evidence_is_computed_by_the_block_that_is_printed(tmp_path, monkeypatch, capsys):
     """Its figures, and the plot; one difference by hand, from the csv."""
     [code] = re.findall(r"^```python\n(import csv.*?)```", EVIDENCE, re.M | re.S)

@@ -43,6 +43,7 @@ This file needs torch, numpy and pillow, and no other file. Its sections:
 import argparse
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -50,6 +51,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import time
@@ -794,7 +796,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # items, files or arrays (H, W, 3) of any size, which stream_batches resizes. Labels are int64 (N,),
 # classes their names.
 Data = namedtuple("Data", "train train_labels val val_labels classes")
-Listing = namedtuple("Listing", "name items labels classes")  # name: for messages
+# name: for messages; held_out: bool (N,)
+Listing = namedtuple("Listing", "name items labels classes held_out")
 
 
 def load_data(spec, size, seed=0, decode_later=False):
@@ -821,11 +824,15 @@ def load_data(spec, size, seed=0, decode_later=False):
             train = read_all(list_images(path / "train"), size, decode_later)
             val = read_all(list_images(path / name, train.classes), size)
             return Data(train.items, train.labels, val.items, val.labels, train.classes)
-    return hold_out(read_all(list_images(path), size, decode_later))
+    if path.is_dir() and [p.name for p in path.iterdir() if p.name[0] != "."] == ["train"]:
+        path = path / "train"  # not a class of that name, since there is no other
+    # Before the images are read: what is held out must not depend on which of them can be.
+    listing = hold_out(list_images(path))
+    return split(read_all(listing, size, decode_later))
 
 
 def hold_out(listing):
-    """Listing -> Data, a fixed random twentieth of it held out."""
+    """Listing -> Listing, a fixed random twentieth of it held out."""
     n = len(listing.items)
     if n < 2:
         raise BadInput(
@@ -833,9 +840,15 @@ def hold_out(listing):
             "one to train on and one to hold out is the least"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    held = max(1, n // 20)
-    val = order[:held].sort().values
-    train = order[held:].sort().values
+    held_out = torch.zeros(n, dtype=torch.bool)
+    held_out[order[: max(1, n // 20)]] = True
+    return listing._replace(held_out=held_out)
+
+
+def split(listing):
+    """Listing -> Data."""
+    train = (~listing.held_out).nonzero()[:, 0]
+    val = listing.held_out.nonzero()[:, 0]
     return Data(
         take(listing.items, train),
         listing.labels[train],
@@ -884,7 +897,8 @@ def list_arrays(path, arrays):
             f"{path}: labels must be {n} integers from 0 up, and are {labels.dtype} {labels.shape}"
         )
     names = [str(i) for i in range(labels.max(initial=0) + 1)]
-    return Listing(path, items, torch.from_numpy(labels.astype(np.int64)), names)
+    held_out = torch.zeros(n, dtype=torch.bool)
+    return Listing(path, items, torch.from_numpy(labels.astype(np.int64)), names, held_out)
 
 
 def list_folder(path, classes=None):
@@ -900,7 +914,8 @@ def list_folder(path, classes=None):
         raise BadInput(f"{path} has a class that train/ has not: {min(unknown)!r}")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[name] for name in class_of])
-    return Listing(path, files, labels, classes)
+    held_out = torch.zeros(len(files), dtype=torch.bool)
+    return Listing(path, files, labels, classes, held_out)
 
 
 CIFAR10_CLASSES = [
@@ -932,9 +947,9 @@ def read_cifar10(path, size):
     every = np.concatenate([records[name] for name in names])
     arrays = every[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = torch.from_numpy(every[:, 0].astype(np.int64))
-    images = read_all(Listing("CIFAR-10", arrays, labels, CIFAR10_CLASSES), size).items
-    n = len(every) - len(records["test_batch.bin"])
-    return Data(images[:n], labels[:n], images[n:], labels[n:], CIFAR10_CLASSES)
+    held_out = torch.arange(len(every)) >= len(every) - len(records["test_batch.bin"])
+    listing = Listing("CIFAR-10", arrays, labels, CIFAR10_CLASSES, held_out)
+    return split(read_all(listing, size))
 
 
 # Imagenette's folders are called after WordNet; the words are of Deng et al.'s ImageNet.
@@ -972,8 +987,15 @@ def load_image(item, size=None, crop=None):
             picture = crop_and_resize(picture, size, crop)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return Loaded(image, resized, None)
-    # These are what PIL's decoders raise on broken files.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # These are what PIL's decoders raise on broken files; the last two come from broken tags.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        TypeError,
+        struct.error,
+    ) as error:
         return Loaded(None, False, f"{item} ({one_line(error)})")
 
 
@@ -1074,7 +1096,9 @@ def read_all(listing, size, decode_later=False):
         return listing
     if len(readable) < n:
         images = images[readable]
-        listing = listing._replace(labels=listing.labels[readable])
+        listing = listing._replace(
+            labels=listing.labels[readable], held_out=listing.held_out[readable]
+        )
     return listing._replace(items=images)
 
 
@@ -1099,7 +1123,7 @@ def stream_batches(items, batches, device, size, crops=None):
     crops = itertools.repeat(None) if crops is None else crops
     if torch.is_tensor(items):
         for index, crop in zip(batches, crops):
-            batch = items[index]
+            batch = items[index.to(items.device)]
             if crop is not None:
                 arrays = batch.permute(0, 2, 3, 1).cpu().numpy()
                 batch = decode_batch(list(zip(arrays, crop.tolist())), size)
@@ -1115,7 +1139,7 @@ def stream_batches(items, batches, device, size, crops=None):
         Requested(items),
         batch_sampler=requests(),
         collate_fn=functools.partial(decode_batch, size=size),
-        num_workers=max(1, os.cpu_count() // LOCAL_WORLD_SIZE),
+        num_workers=min(16, max(1, os.cpu_count() // LOCAL_WORLD_SIZE)),
         worker_init_fn=ignore_ctrl_c,
         pin_memory=device.type == "cuda",
     )
@@ -1257,10 +1281,24 @@ def write_atomically(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        # torch.save turns the error of a full disk into a RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise BadInput(f"cannot write {path}: {cause.strerror or cause}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(file, problem):
+    """Lock an open file or a descriptor until it is closed; BadInput(problem) if another has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(problem) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 Published = namedtuple("Published", "base_url sha256")
@@ -1354,9 +1392,10 @@ def read_arrays(path):
     """The arrays of an .npz, or of an .npy under the name "array". Nothing is ever unpickled."""
     try:
         file = np.load(path, allow_pickle=False)
-        return dict(file) if path.suffix == ".npz" else {"array": file}
+        return {"array": file} if isinstance(file, np.ndarray) else dict(file)
     except (
         OSError,
+        RuntimeError,
         ValueError,
         TypeError,
         KeyError,
@@ -1377,7 +1416,10 @@ def load_checkpoint(path, device="cpu"):
         RuntimeError,
         EOFError,
         ValueError,
-        KeyError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
@@ -1504,12 +1546,15 @@ class Parser(argparse.ArgumentParser):
 def run_script(main):
     """main(). What the user can mend becomes one line on standard error, and status 2.
 
-    That is BadInput and, since disks are the user's too, OSError. Ctrl-C is status 130.
+    That is BadInput; OSError, since disks are the user's too; and a GPU's lack of memory. Ctrl-C is
+    status 130.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            error = "the GPU has too little memory: for train.py --accumulate or a smaller batch"
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)  # over an unfinished progress line
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
@@ -1647,21 +1692,30 @@ def main():
             leave_out(["is"], "the network has no classifier (fc.weight, fc.bias)")
             wanted.remove("is")
             of_samples.remove("logits")
-    one = statistics_of(reference, of_reference, net, device, args.skip_bad, args.size)
-    two = statistics_of(samples, of_samples, net, device, args.skip_bad, args.size)
+    nothing = BadInput(f"none of {', '.join(args.only)} can be had of these two sets")
+    if not (wanted or args.paired or args.save_stats):
+        raise nothing
+    reference_statistics = statistics_of(
+        reference, of_reference, net, device, args.skip_bad, args.size
+    )
+    sample_statistics = statistics_of(samples, of_samples, net, device, args.skip_bad, args.size)
     note_on_numbers([reference, samples], wanted)
 
     split_size = 5000 if args.unshuffled else None
-    figures = compare(one, two, wanted, device, split_size, args.paired)
+    figures = compare(
+        reference_statistics, sample_statistics, wanted, device, split_size, args.paired
+    )
     if args.paired:
         figures["psnr"] = mean_psnr(reference, samples, args.size)
-    if not figures:
-        raise BadInput(f"none of {', '.join(args.only)} can be had of these two sets")
+    if not (figures or args.save_stats):
+        raise nothing
     for name, value in figures.items():
         decimals = 8 if name == "kid" else 6
         print(name, *[f"{number:.{decimals}f}" for number in np.atleast_1d(value)])
     if args.save_stats:  # last: a disk that fails costs no figure
-        write_atomically(Path(args.save_stats), lambda file: save_moments(file, one))
+        write_atomically(
+            Path(args.save_stats), lambda file: save_moments(file, reference_statistics)
+        )
 
 
 if __name__ == "__main__":

@@ -184,6 +184,14 @@ class Config:
             raise ValueError(
                 f"cell is {self.cell}: it must divide the grid of {self.grid_size} tokens"
             )
+        # disc_layers convolutions halve the picture, two more take a pixel off each
+        if self.lambda_adv and self.image_size // 2**self.disc_layers < 3:
+            raise ValueError(
+                f"image_size is {self.image_size}: a discriminator of {self.disc_layers} layers "
+                f"takes at least {3 * 2**self.disc_layers}"
+            )
+        if self.lambda_perceptual and self.image_size < 16:
+            raise ValueError(f"image_size is {self.image_size}: LPIPS takes at least 16")
         if self.gen_width % (4 * self.gen_heads):
             raise ValueError(
                 f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, "
@@ -220,6 +228,8 @@ def check_field(f, value):
         return
     low, high = f.metadata["low"], f.metadata["high"]
     for number in value if kind is tuple else [value]:
+        if kind is tuple and not isinstance(number, int):
+            raise ValueError(f"{f.name} is {value!r}: it must hold whole numbers")
         if not low <= number <= high:  # NaN fails every comparison
             raise ValueError(f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
 
@@ -478,9 +488,11 @@ PRESETS = {
 # features come to the codes instead. Coverage is commitment's mirror image: as each feature wants a
 # code near it, each unused code wants a feature near it,
 #
-#     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2,
+#     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2 / d,
 #
-# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise.
+# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. The batch is what one
+# process sees at once. If that has few more features than there are codes, some codes are unused by
+# chance however evenly they are used, and the pull never quite ends.
 #
 # NOT in the paper, which names no remedy: revive_every 0 and lambda_coverage 0 switch them off.
 
@@ -489,7 +501,8 @@ PRESETS = {
 def full_precision(device):
     """Matrix products inside are in float32, whatever autocast and TF32 do outside.
 
-    The two best cosines of a feature often differ only in the third decimal; bf16 keeps two.
+    The two best cosines of a feature often differ only in the third decimal; bf16 keeps two. The
+    backward pass, if it runs after the block, has the settings outside.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -608,7 +621,8 @@ class Quantizer(nn.Module):
 #
 # The diagonal (i = j) adds n times the similarity 1, a share 2 / (n + 1) of all pairs, always in
 # the last bins. It has no gradient, and keeps log P finite there. With fewer codes than the teacher
-# has centres the student's share is larger: a small mismatch that training cannot remove.
+# has centres the student's share is larger, and it must have fewer other similarities near 1 to
+# make up for it; with more codes than centres it needs more of them. Both are small.
 #
 # Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres, or
 # the histogram would favour some places. By Poisson summation, an endless row of Gaussians a
@@ -644,10 +658,10 @@ def relation_histogram_direct(codes, bins=40, alpha=None):
     alpha = default_alpha(bins) if alpha is None else alpha
     t = F.normalize(codes, dim=1)
     i, j = torch.triu_indices(len(t), len(t), device=t.device)
-    similarity = (t @ t.T)[i, j]  # (4)  (M,)
+    similarity = (t @ t.T)[i, j]  # (4)  D (M,)
     offset = similarity[:, None] - bin_centres(bins, t)  # (M, bins)
-    p = torch.exp(-alpha * offset**2).sum(0)  # (6)  (bins,)
-    return p / p.sum()
+    p = torch.exp(-alpha * offset**2).sum(0)  # (6)  p (bins,)
+    return p / p.sum()  # (6)  P
 
 
 # The same without N exponentials a pair. All M similarities act on the loss through N numbers, and
@@ -709,11 +723,12 @@ class SmoothedHistogram(torch.autograd.Function):
         for a, b, point in similarity_tiles(t.nan_to_num()):  # NaN is no index
             count += torch.bincount(point.flatten(), minlength=TABLE + 1)
             squares.append(point[:, : b - a].flatten())
-        # We want each pair of (4) twice. 2 count - squares is that for i < j: 2 outside the
-        # squares, 4 - 2 inside. For i = j it is 2 - 1, so one more is added, at D = 1.
+        # `count` has a pair i < j twice if it lies in a square, else once; i = j once. The squares'
+        # own count is taken from twice that: then every pair i < j is there twice, and i = j once.
+        # i = j has the similarity 1, so n more at the last point make it twice, too.
         count = 2 * count - torch.bincount(torch.cat(squares), minlength=TABLE + 1)
         count[TABLE] += len(t)
-        return f @ (count / 2) + 0 * t.sum()  # the last term passes NaN on
+        return f @ (count / 2) + 0 * t.sum()  # (4), (6)  the last term passes NaN on
 
     @staticmethod
     @once_differentiable
@@ -738,8 +753,8 @@ def relation_histogram(codes, bins=40, alpha=None):
     """
     alpha = default_alpha(bins) if alpha is None else alpha
     with full_precision(codes.device):
-        p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)
-        return p / p.sum()
+        p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)  # (4), (6)
+        return p / p.sum()  # (6)  P
 
 
 # Eq. (7) is written L_hist = KL(log P_s || sg[P_t]), the way torch's kl_div takes its arguments;
@@ -748,9 +763,11 @@ def relation_histogram(codes, bins=40, alpha=None):
 #     L_hist = sum_k P_t (log P_t - log P_s) = KL(P_t || P_s),                                 (7)
 #
 # so leaving out a similarity that the teacher has is what costs most; the other direction could
-# leave some out. (Below P_s = 1e-10 we clamp: a bin five or more bins away from every pair of the
-# student costs 23 nats times P_t, but pulls nothing.) P_t is stopped. It is made once, before
-# training: relation_histogram(kmeans(features of the pre-trained model, teacher_centres)).
+# leave some out. Paper silent: the reduction. We sum over the bins, which makes it a KL divergence;
+# kl_div's own default is their mean, smaller by a factor of N, so that the paper's weight of 0.01
+# would be 0.00025 here. (Below P_s = 1e-10 we clamp: a bin five or more bins away from every pair
+# of the student costs 23 nats times P_t, but pulls nothing.) P_t is stopped. It is made once,
+# before training: relation_histogram(kmeans(features of the pre-trained model, teacher_centres)).
 
 
 def kl_divergence(p, q):
@@ -772,8 +789,9 @@ def histogram_relation_loss(codes, teacher):
 # bound): in few dimensions codes cannot all be near-orthogonal. A teacher whose mean squared cosine
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. (Up to terms of 1/n: the bound
 # is about all n^2 pairs, while (4) counts each pair once and so weighs the diagonal double.) The
-# mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher, and
-# what they only hint at: its floor, the KL that free codes reach by descending (7) alone.
+# mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher. They
+# only hint at how well it can be imitated, so histogram_floor measures it: the KL that as many code
+# vectors reach if (7) is their only loss.
 
 
 def cosine_moments(vectors):
@@ -806,6 +824,9 @@ def histogram_floor(teacher, n, d, steps=300):
 
 def sphere_histogram(dim, bins=40, alpha=None):
     """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of R^dim.
+
+    As a teacher it asks for uniform spread and needs no network. It has no diagonal (i = j), which
+    the student's histogram has.
 
     The cosine x between a fixed and a uniform unit vector has the density (1 - x^2)^((dim - 3) / 2)
     up to a constant. With x = cos(theta) that is sin(theta)^(dim - 2) d(theta), smooth for every
@@ -975,6 +996,8 @@ class GloTok(nn.Module):
         self.decoder = decoder(c)
         self.adapter_sem = self.make_adapter()
         self.adapter_vis = self.make_adapter()
+        if c.codes_sem == 1:  # there is nothing to look up, and so nothing to learn in front of it
+            self.adapter_sem.requires_grad_(False)
         self.quantizer_sem = Quantizer(c.codes_sem, c.code_dim, c.beta)
         self.quantizer_vis = Quantizer(c.codes_vis, c.code_dim, c.beta)
         if c.lambda_res:
@@ -989,7 +1012,8 @@ class GloTok(nn.Module):
         """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, code_dim).
 
         Paper silent. One linear map, or a transformer of our blocks; in the paper's presets with
-        the depth and width of FQGAN's.
+        the depth and width of FQGAN's. (FQGAN's read the encoder before its last convolution, which
+        each branch then has for itself; these read the one Z that figure 2 draws.)
         """
         c = self.config
         if c.adapter_layers == 0:
@@ -1016,7 +1040,9 @@ class GloTok(nn.Module):
     def features(self, x):
         """Images -> Z_sem and Z_vis before normalisation, each (B, T, code_dim)."""
         z = self.encoder(x).flatten(2).transpose(1, 2)  # (B, T, z_channels)
-        return self.adapter_sem(z), self.adapter_vis(z)
+        # A single semantic code says nothing of the image: its branch must not teach the encoder.
+        z_for_sem = z.detach() if self.config.codes_sem == 1 else z
+        return self.adapter_sem(z_for_sem), self.adapter_vis(z)
 
     def residuals(self, zhat_sem, zhat_vis):
         """Code vectors (B, T, d) -> Zres_sem, Zres_vis; zeros if there are no residual modules."""
@@ -1089,9 +1115,9 @@ class GloTok(nn.Module):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
         f_sem, f_vis = self.features(x)
         side = self.config.grid_size
-        sem = self.quantizer_sem(f_sem)[2].unflatten(1, (side, side))
-        vis = self.quantizer_vis(f_vis)[2].unflatten(1, (side, side))
-        return sem, vis
+        sem = self.quantizer_sem.look_up(F.normalize(f_sem.float(), dim=2))
+        vis = self.quantizer_vis.look_up(F.normalize(f_vis.float(), dim=2))
+        return sem.unflatten(1, (side, side)), vis.unflatten(1, (side, side))
 
     def decode(self, sem, vis):
         """Indices (B, h, w) each -> images: what forward reconstructs from the same indices."""
@@ -1209,7 +1235,9 @@ def total_loss(c, losses, weights):
 
 
 def adversarial_loss(disc, recon):
-    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. Moves the tokenizer alone."""
+    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. Its gradient moves the tokenizer
+    alone (the statistics of disc's batch norm, which training does not use, see the pass, too).
+    """
     disc.requires_grad_(False)
     loss = -disc(recon).mean()
     disc.requires_grad_(True)
@@ -1313,9 +1341,10 @@ def gradient_ratio(loss, other, weight):
 # difference of the scores with and without it points to where the label is more certain. At each t
 # we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
 # of guidance, and g = 1 is none. (These densities are not the noised versions of p_0(z) p_0(y |
-# z)^g, so the samples only lean that way.) Its weights 1 - g and g add up to 1, and for t < 1 v is
-# affine in s, so the same combination holds for v. (At t = 1 s knows nothing of y: there it is a
-# convention.) One network gives both, since a share of its labels is hidden in training.
+# z)^g, so the samples only lean that way.) That score is (1 - g) s(z) + g s(z | y), whose weights
+# add up to 1; and for t < 1, v = -(z + t s) / (1 - t) is affine in s. So velocities are combined
+# with the same weights. (At t = 1 z is noise, of which y says nothing: there it is a convention.)
+# One network gives both, since a share of its labels is hidden in training.
 #
 # xAR lets g grow linearly over the cells, from 1 at the first: the first cells decide what the
 # picture is, where guidance costs variety; the later ones must fit to them. After a run as short as
@@ -1444,7 +1473,7 @@ class XAR(nn.Module):
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
-        # logit-normal: xAR's time_shift is 0
+        # the logit of t is normal, with mean time_shift (xAR: 0)
         normal = torch.randn(batch, self.cells, device=device)
         t = (normal + self.config.time_shift).sigmoid()
         noise = torch.randn(batch, self.cells, self.tokens_per_cell, self.channels, device=device)
@@ -1519,7 +1548,7 @@ class XAR(nn.Module):
 #
 #     a token with its own target        VA-VAE's L_mcos    1 - 0.5 - cos(z'_i, f_i)
 #     the tokens inside one image        VA-VAE's L_mdms    |cos(z'_i, z'_j) - cos(f_i, f_j)| - 0.25
-#     the images inside a batch          FQGAN's InfoNCE    which image of the batch is this one?
+#     the images inside a batch          FQGAN's InfoNCE    which image of the batch is mine?
 #     the codes over the whole data set  GloTok's eq. (7)   no image at all
 #
 # So GloTok is not the only relational one, but the only one whose relations leave the batch.
@@ -1531,13 +1560,15 @@ class XAR(nn.Module):
 
 
 # FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from
-# the semantic codes; both to unit length, S_ij = <prediction_i, target_j>, and
+# the semantic codes; both to unit length, S_ij = <prediction_i, target_j>. Its InfoNCE is the
+# cross-entropy of picking the target of one's own image out of the batch's,
 #
 #     L_contrastive = mean over i of -log(exp S_ii / sum over j of exp S_ij),
 #
 # without temperature: S lies in [-1, 1], so even a perfect match leaves most of the loss. The batch
 # is that of one process, as in FQGAN, and here of one micro-batch. FQGAN's target is CLIP's class
-# token; ours DINOv2's, or the mean of the convnet's features.
+# token (the output at an extra input that stands for the whole image); ours DINOv2's, or the mean
+# of the convnet's features.
 
 
 class ContrastiveHead(nn.Module):
@@ -1920,17 +1951,23 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x, y):
-        f = (torch.cat([x, y]) - self.shift) / self.scale
-        heads = iter([self.lin0, self.lin1, self.lin2, self.lin3, self.lin4])
+        # Two passes, not one of twice as many: where y has no gradient, its pass keeps nothing.
+        heads = [self.lin0, self.lin1, self.lin2, self.lin3, self.lin4]
         distance = 0
+        for head, unit_x, unit_y in zip(heads, self.unit_features(x), self.unit_features(y)):
+            weight = head["model"][1].weight  # (1, C, 1, 1)
+            difference = weight * (unit_x - unit_y) ** 2  # (B, C, H', W')
+            distance = distance + difference.sum(1).mean((1, 2))
+        return distance
+
+    def unit_features(self, x):
+        """At each tap the features of images x, float32 (B, C, H', W'), of length 1 along C."""
+        f = (x - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             f = layer(f)
             if i in self.TAPS:
                 length = f.float().square().sum(1, keepdim=True).sqrt()
-                unit_x, unit_y = (f.float() / (length + 1e-10)).chunk(2)  # at each position
-                weighted = next(heads)["model"][1]((unit_x - unit_y) ** 2)  # (B, 1, H', W')
-                distance = distance + weighted.mean((1, 2, 3))
-        return distance
+                yield f.float() / (length + 1e-10)
 
 
 class DINOv2(nn.Module):
@@ -2016,7 +2053,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def features(self, x):
-        """The maps (B, 64, H / 4, W / 4) before the last ReLU."""
+        """The maps before the last ReLU, (B, 64, H / 4, W / 4); of larger images those at 64x64."""
         if x.shape[-1] > 64:
             x = F.adaptive_avg_pool2d(x, 64)
         return self.body(x)

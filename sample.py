@@ -42,6 +42,7 @@ from fid import (
     load_data,
     load_inception,
     load_states,
+    lock,
     measure,
     note,
     psnr,
@@ -708,7 +709,7 @@ def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder of train.py")
-    add("--n", type=int, default=64, help="pictures (default %(default)s)")
+    add("--n", type=int, help="pictures (default 64)")
     add(
         "--classes", type=int, nargs="+", metavar="K", help="classes to draw, in turn (default all)"
     )
@@ -735,7 +736,7 @@ def parse_arguments():
     )
     add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
     add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
-    add("--runs", type=int, default=10, help="t-SNE runs of --uniformity (default %(default)s)")
+    add("--runs", type=int, help="t-SNE runs of --uniformity (default 10)")
     add("--force", action="store_true", help="overwrite the file")
     args = parser.parse()
     args.run = Path(args.run)
@@ -752,8 +753,13 @@ def check_arguments(args):
         raise BadInput("--beside names runs to compare with, for --reconstruct alone")
     if args.weights and not args.reconstruct:
         raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
-    if specs and (args.classes or args.steps is not None or args.guidance is not None):
-        raise BadInput("--classes, --steps and --guidance are of new images alone")
+    of_new_images = [args.n, args.classes, args.steps, args.guidance]
+    if specs and any(value is not None for value in of_new_images):
+        raise BadInput("--n, --classes, --steps and --guidance are of new images alone")
+    if args.runs is not None and not args.uniformity:
+        raise BadInput("--runs counts the t-SNE runs of --uniformity alone")
+    args.n = 64 if args.n is None else args.n
+    args.runs = 10 if args.runs is None else args.runs
     if specs and args.out.suffix != ".png":
         raise BadInput(f"--out {args.out} must end in .png")
     if args.out.suffix not in (".png", ".npz"):
@@ -795,6 +801,8 @@ def command_reconstruct(args, config, device):
             )
     inception = find_inception(args.weights, device)
     val = read_val_set(models[0], args.reconstruct, config.eval_images, device)
+    if len(val.images) < 2:
+        inception = None  # a covariance takes at least two
     recons = {}
     for run, model in zip(runs, models):
         tokens = val.tokens
@@ -839,6 +847,11 @@ def command_uniformity(args, config, device):
     model = load_run(args.run, device)
     # at most the 10,000 of the paper's protocol: memory grows with the square
     val = read_val_set(model, args.uniformity, min(config.eval_images, 10000), device)
+    if len(val.images) < 10:
+        raise BadInput(
+            f"{args.uniformity} has {len(val.images)} held-out images: the density of fewer than "
+            "10 points says nothing"
+        )
     torch.manual_seed(args.seed)
     # a tokenizer with a single semantic code has one codebook, the visual one
     single = config.codes_sem == 1
@@ -892,6 +905,7 @@ def write_npz(path, labels, size, key, batches):
     part = path.with_name(f".{path.name}.{key}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file:
+        lock(file, f"cannot write {path}: another process is drawing the same images")
         finished = file.tell() // batch_bytes
         file.truncate(finished * batch_bytes)
         done = min(finished * GENERATE_BATCH, n)

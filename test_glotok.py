@@ -9,6 +9,7 @@ Part III   commands, bad input, faults
 
 import argparse
 import ast
+import contextlib
 import csv
 import fcntl
 import functools
@@ -21,6 +22,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -80,6 +82,7 @@ TINY = Config(
     codes_sem=16,
     codes_vis=24,
     tokenizer_steps=20,
+    disc_layers=1,
     batch_size=8,
     revive_every=5,
     eval_images=20,
@@ -2392,19 +2395,69 @@ def test_photographs_are_turned_upright(tmp_path):
     assert turned[0, 3, 8] == 0
 
 
+def names_of(images, folder):
+    """The names of the files in a folder whose pictures are images uint8 (N, 3, H, W)."""
+    name_of = {}
+    for path in folder.glob("*.png"):
+        with contextlib.suppress(OSError):  # broken
+            name_of[pixels_of(path).tobytes()] = path.name
+    return [name_of[x.numpy().tobytes()] for x in images]
+
+
 def test_one_broken_picture_in_many_is_named_and_left_out(tmp_path, capsys):
+    """What is held out is the same as without it, and however the others are read."""
     save_pictures(tmp_path, 150)
+    before = fid.load_data(str(tmp_path), 16)
     torn = tmp_path / "007.png"
+    index = [i for i, x in enumerate(before.train) if np.array_equal(x, pixels_of(torn))]
+    assert len(index) == 1  # it is one of the 143 to train on, and not of the 7
     whole = torn.read_bytes()
     torn.write_bytes(whole[: len(whole) // 2])
-    images, _ = all_images(fid.load_data(str(tmp_path), 16))
-    assert len(images) == 149
+    after = fid.load_data(str(tmp_path), 16)
+    kept = [i for i in range(143) if i != index[0]]
+    assert torch.equal(after.train, before.train[kept])
+    assert torch.equal(after.val, before.val)
     message = capsys.readouterr().err
     assert "007.png" in message
     assert "1 of 150" in message
+    later = fid.load_data(str(tmp_path), 16, decode_later=True)
+    assert [path.name for path in later.val] == names_of(before.val, tmp_path)
+    assert len(later.train) == 143
     (tmp_path / "008.png").write_bytes(b"not a picture")
     with pytest.raises(BadInput, match="2 of 150"):
         fid.load_data(str(tmp_path), 16)
+
+
+def jpeg_with_tags(*entries):
+    """A JPEG file whose EXIF tags are entries (number, type, count, four bytes)."""
+    tags = b"MM\0*" + struct.pack(">IH", 8, len(entries))
+    for number, kind, count, value in entries:
+        tags += struct.pack(">HHI", number, kind, count) + value
+    tags += struct.pack(">I", 0)
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(file, "JPEG", exif=b"Exif\0\0" + tags)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("number", [0x0100, 0x011A])  # width, resolution: here they are text
+def test_a_picture_with_a_broken_tag_is_named_and_left_out(number, tmp_path, capsys):
+    turned = (0x0112, 3, 1, b"\0\6\0\0")
+    (tmp_path / "whole.jpg").write_bytes(jpeg_with_tags(turned))
+    assert fid.load_image(tmp_path / "whole.jpg").problem is None
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(jpeg_with_tags((number, 2, 4, b"abc\0"), turned))
+    assert fid.load_image(path).image is None
+    assert "broken.jpg" in fid.load_image(path).problem
+
+
+def test_a_folder_with_train_alone_holds_out_a_twentieth_of_it(tmp_path):
+    save_pictures(tmp_path / "train" / "cat", 30)
+    save_pictures(tmp_path / "train" / "dog", 30, seed=100)
+    data = fid.load_data(str(tmp_path), 16)
+    assert data.classes == ["cat", "dog"]
+    assert len(data.val) == 3
+    save_pictures(tmp_path / "car", 1)  # so `train` is a class beside it
+    assert fid.load_data(str(tmp_path), 16).classes == ["car", "train"]
 
 
 def test_npz_with_and_without_labels(tmp_path):
@@ -2765,6 +2818,26 @@ def test_feature_networks_give_a_vector_and_maps(monkeypatch):
     place = tokens[:, 1 + 16 * 3 + 5]
     torch.testing.assert_close(maps[:, :, 3, 5], place, atol=1e-5, rtol=1e-4)
     assert not maps.requires_grad
+
+
+def test_teacher_vectors_of_any_byte_order_and_under_any_name(tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((20, 3))
+    np.save(tmp_path / "swapped.npy", vectors.astype(">f8"))
+    np.savez(tmp_path / "v.npz", vectors)
+    (tmp_path / "v.npz").rename(tmp_path / "really_npz.npy")
+    for name in ("swapped.npy", "really_npz.npy"):
+        found = train.read_vectors(tmp_path / name)
+        np.testing.assert_array_equal(found.numpy(), vectors.astype(np.float32))
+
+
+def test_the_smallest_image_that_a_discriminator_takes():
+    for layers in (2, 3):
+        c = replace(TINY, image_size=3 * 2**layers, cell=2, disc_layers=layers, lambda_adv=0.1)
+        x = torch.zeros(2, 3, c.image_size, c.image_size)
+        disc = glotok.discriminator(c).eval()
+        assert disc(x).shape == (2, 1, 1, 1)
+        with pytest.raises(RuntimeError):
+            disc(x[..., :-1, :-1])
 
 
 def test_teacher_of_a_file_is_its_histogram(tmp_path):
@@ -3351,6 +3424,25 @@ def test_fid_of_few_images_has_no_precision(two_files, tmp_path, run_command):
     result = run_command(fid, two_files[0], tmp_path / "three.npz", "--only", "recall")
     assert result.status == 2
     assert result.err.endswith("none of recall can be had of these two sets")
+
+
+def test_fid_measures_nothing_if_nothing_can_be_had(two_files, tmp_path, run_command, monkeypatch):
+    np.savez(tmp_path / "s.npz", mu=np.full(2048, 5.0), sigma=np.eye(2048))
+    monkeypatch.setattr(fid, "load_inception", lambda *args: QuickNet())
+    monkeypatch.setattr(fid, "statistics_of", None)
+    result = run_command(fid, two_files[0], tmp_path / "s.npz", "--only", "kid")
+    assert_refused(result, "fid.py", "none of kid can be had of these two sets")
+
+
+def test_fid_saves_statistics_even_if_there_is_no_figure(
+    two_files, quick_net, tmp_path, run_command
+):
+    np.savez(tmp_path / "s.npz", mu=np.full(2048, 5.0), sigma=np.eye(2048))
+    words = ["--only", "kid", "--save-stats", tmp_path / "new.npz"]
+    result = run_command(fid, two_files[0], tmp_path / "s.npz", *words)
+    assert (result.status, result.out) == (0, "")
+    features = outputs_of_array(two_files[2])[0]
+    assert np.load(tmp_path / "new.npz")["mu"] == pytest.approx(features.mean(0).numpy(), abs=1e-4)
 
 
 @pytest.mark.usefixtures("quick_distance")
@@ -3942,6 +4034,28 @@ def test_a_tokenizer_starts_from_that_of_another_run(
         assert torch.equal(again[name], after[name]), name
 
 
+def test_a_run_goes_on_without_the_one_that_it_started_from(
+    going_on, small_flags, small_run, copied_small_run, run_command, tmp_path
+):
+    """Its checkpoint holds what it needs: the histogram of the first codebook, for a picture."""
+    folder = tmp_path / "started"
+    start = torch.load(small_run / "tokenizer.pt", weights_only=True)["model"]
+    flags = [*going_on, "--start_from", copied_small_run]
+    assert run_command(train, *small_flags, *flags, "--out", folder).status == 0
+    codes = start["quantizer_sem.weight"].double()
+    before = relation_histogram_direct(codes, TINY.bins).float()
+    saved = torch.load(folder / "tokenizer.pt", weights_only=True)["at_start"]
+    torch.testing.assert_close(saved, before, atol=1e-5, rtol=0)
+
+    shutil.rmtree(copied_small_run)
+    flags = ["--resume", "--stage", "tokenizer", "--tokenizer_steps", 4, "--out", folder]
+    result = run_command(train, *flags)
+    assert result.status == 0, result.err
+    resumed = torch.load(folder / "tokenizer.pt", weights_only=True)
+    assert resumed["step"] == 4
+    assert torch.equal(resumed["at_start"], saved)
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
@@ -3955,6 +4069,22 @@ def test_a_start_that_does_not_fit_is_refused(
     flags = [*small_flags, *going_on, *words.split()]
     assert_refused(run_command(train, *flags, "--out", tmp_path / "run"), "train.py", expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_with_other_data(run_command, tmp_path):
+    data = save_pictures(tmp_path / "data" / "a", 30).parent
+    flags = ["--stage", "tokenizer", "--tokenizer_steps", 2, "--save_every", 1]
+    out = tmp_path / "run"
+    assert run_command(train, *FLAGS, *flags, "--data", data, "--out", out).status == 0
+    before = read_files(out)
+    save_pictures(data / "b", 30, seed=100)
+    resume = ["--resume", "--stage", "tokenizer", "--tokenizer_steps", 3, "--out", out]
+    result = run_command(train, *resume)
+    message = "began with 29 training and 1 held-out images of 1 classes; now there are 57, 3 and 2"
+    assert_refused(result, "train.py", message)
+    assert read_files(out) == before
+    shutil.rmtree(data / "b")
+    assert run_command(train, *resume).status == 0
 
 
 def test_the_moving_average_keeps_no_graph(small_flags, tmp_path, monkeypatch, run_command):
@@ -4281,6 +4411,43 @@ def test_a_full_disk_leaves_the_last_checkpoint(copied_small_run):
     assert not list(folder.glob(".*"))
 
 
+def test_a_disk_that_is_full_within_one_tensor_ends_in_one_line(tmp_path):
+    """torch.save then raises a RuntimeError."""
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import fid, pathlib, torch\n"
+        "def main():\n"
+        "    fid.write_atomically(pathlib.Path('x.pt'), lambda f: torch.save(tensor, f))\n"
+        "tensor = torch.zeros(10**5)\n"
+        "fid.run_script(main)\n"
+    )
+    path = {"PYTHONPATH": str(REPOSITORY), **os.environ}
+    words = [sys.executable, "-c", LIMITED, script]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("save.py: cannot write x.pt: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["save.py"]
+
+
+def test_errors_of_code_that_saves_keep_their_traceback(tmp_path):
+    def save(file):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fid.write_atomically(tmp_path / "x", save)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_gpu_without_memory_ends_in_one_line(run_command, monkeypatch):
+    def main():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(train, "main", main)
+    result = run_command(train)
+    assert_refused(result, "train.py", "the GPU has too little memory")
+
+
 # ---- Ctrl-C
 
 
@@ -4447,6 +4614,16 @@ def test_a_hostile_file_in_the_place_of_a_download_is_not_read(words, home, run_
 # ---- locks and logs
 
 
+def test_two_processes_do_not_draw_into_one_file(tmp_path):
+    part = tmp_path / ".x.npz.KEY.part"
+    part.write_bytes(b"images")
+    with open(part) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as the other process does
+        with pytest.raises(BadInput, match="another process is drawing"):
+            sample.write_npz(tmp_path / "x.npz", torch.zeros(1), 16, "KEY", None)
+    assert part.read_bytes() == b"images"
+
+
 def test_two_runs_do_not_share_a_folder(copied_small_run, run_command):
     folder = copied_small_run
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -4573,6 +4750,33 @@ def test_the_rivals_train_resume_and_sample(small_flags, quick_convnet, tmp_path
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
 
 
+def test_a_single_semantic_code_teaches_the_encoder_nothing():
+    """The gradients are those of a tokenizer whose semantic latent is a constant."""
+    torch.manual_seed(3)
+    model = GloTok(replace(TINY, codes_sem=1, lambda_res=0.0)).train()
+    x = random_images(4)
+    recon, losses = model(x)
+    (F.mse_loss(recon, x) + losses["quantize"]).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert not [name for name in found if name.startswith("adapter_sem")]
+
+    z = model.encoder(x).flatten(2).transpose(1, 2)
+    z_vis = F.normalize(model.adapter_vis(z), dim=2)
+    codes = F.normalize(model.quantizer_vis.weight, dim=1)
+    nearest = codes[(z_vis @ codes.T).argmax(2)]
+    vis = z_vis + (nearest - z_vis).detach()
+    sem = F.normalize(model.quantizer_sem.weight, dim=1).detach().expand(4, 64, 8)
+    latents = torch.cat([sem, vis], dim=2).transpose(1, 2).unflatten(2, (8, 8))
+    loss = F.mse_loss(model.decoder(latents), x)
+    loss = loss + ((nearest - z_vis.detach()) ** 2).mean()
+    loss = loss + TINY.beta * ((nearest.detach() - z_vis) ** 2).mean()
+    encoder = [p for name, p in model.named_parameters() if name.startswith("encoder")]
+    expected = torch.autograd.grad(loss, encoder)
+    for p, gradient in zip(encoder, expected):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("few_shapes")
 def test_a_single_semantic_code_is_a_vq_vae(small_flags, tmp_path, monkeypatch, run_command):
     """Tables 2 and 3's baseline by one setting: it trains, saves, samples, and is measured."""
     folder = tmp_path / "run"
@@ -4595,7 +4799,7 @@ def test_a_single_semantic_code_is_a_vq_vae(small_flags, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(sample, "repeat_uniformity", record_codebook)
     monkeypatch.setattr(sample, "save_scatter", lambda *args: None)
-    words = ["--uniformity", small_flags[-1], "--out", tmp_path / "u.png"]
+    words = ["--uniformity", "shapes", "--out", tmp_path / "u.png"]
     assert run_command(sample, folder, *words).status == 0
     [(codebook, tokens)] = seen
     assert torch.equal(codebook, model.codebook_vis)
@@ -4868,6 +5072,8 @@ BAD_TRAIN_WORDS = [
     ("--image_size 31", "image_size is 31: 2 levels of patch 1 need a multiple of 2"),
     ("--width 15", "width is 15: it must be a multiple of heads, 2"),
     ("--cell 3", "cell is 3: it must divide the grid of 8 tokens"),
+    ("--lambda_adv 0.1 --disc_layers 3", "a discriminator of 3 layers takes at least 24"),
+    ("--lambda_perceptual 1 --image_size 8", "image_size is 8: LPIPS takes at least 16"),
     ("--gen_width 20", "gen_width is 20: it must be a multiple of 4 gen_heads"),
     ("--semantic nearby", "semantic is 'nearby': it must be global, fqgan, vavae or none"),
     ("--semantic fqgan --teacher sphere", "--teacher convnet or dinov2"),
@@ -5091,6 +5297,8 @@ BAD_SETTINGS = {
     "null": ({"channels": None}, "channels is None: it must be of type int"),
     "negative": ({"channels": -3}, "channels is -3: it must lie in [4, 4096]"),
     "no levels": ({"channel_mult": []}, "channel_mult is (): it must be of type tuple"),
+    "levels of text": ({"channel_mult": ["1", 2]}, "channel_mult is ('1', 2): it must hold whole"),
+    "half a level": ({"channel_mult": [1.5]}, "channel_mult is (1.5,): it must hold whole numbers"),
     "unknown": ({"colour": 3}, "config.json is not a run's settings"),
 }
 
@@ -5124,6 +5332,8 @@ def spoil_tokenizer(run, damage):
         torch.save(RunsCode(str(run / "code ran")), path)
     elif damage == "end cut off":
         path.write_bytes(data[:-100])
+    elif damage == "one dot":
+        path.write_bytes(b".")
     else:
         assert damage == "start alone"
         path.write_bytes(data[:500])
@@ -5139,6 +5349,7 @@ DAMAGES = [
     ("tokenizer.pt", "not a dict", "tokenizer.pt holds other weights"),
     ("tokenizer.pt", "code", "tokenizer.pt"),
     ("tokenizer.pt", "end cut off", "tokenizer.pt"),
+    ("tokenizer.pt", "one dot", "tokenizer.pt"),
     ("tokenizer.pt", "start alone", "tokenizer.pt"),
 ]
 
@@ -5208,8 +5419,9 @@ def test_sample_shows_held_out_images(flag, finished, few_shapes, run_command, t
         "--uniformity": "density_cv",
     }
     path = tmp_path / "x.png"
-    result = run_command(sample, finished, flag, "shapes", "--runs", 2, "--out", path)
-    assert result.status == 0
+    words = ["--runs", 2] if flag == "--uniformity" else []
+    result = run_command(sample, finished, flag, "shapes", *words, "--out", path)
+    assert result.status == 0, result.err
     assert lines[flag] in result.out
     with Image.open(path) as picture:
         assert picture.width > 200
@@ -5304,20 +5516,34 @@ def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monk
     assert not {"rfid", "kid"} & read_metrics(tmp_path / "other").keys()
     assert draws[0] == draws[1]  # the network's own draws change nothing
 
-    # Resumed without the network: the same tokenizer keeps its distances, a longer one has none.
-    for steps, names in ((2, {"rfid", "kid"}), (3, set())):
-        flags = ["--resume", "--stage", "tokenizer", "--tokenizer_steps", steps, "--out", out]
+    # Resumed without the network: the same tokenizer keeps its distances, unless they are of other
+    # images; a longer one has none.
+    other = Path(shutil.copytree(out, tmp_path / "fewer"))
+    for folder, words, names in (
+        (out, ["--tokenizer_steps", 2], {"rfid", "kid"}),
+        (out, ["--tokenizer_steps", 3], set()),
+        (other, ["--eval_images", 10], set()),
+    ):
+        flags = ["--resume", "--stage", "tokenizer", *words, "--out", folder]
         assert run_command(train, *flags).status == 0
-        assert {"rfid", "kid"} & read_metrics(out).keys() == names
+        assert {"rfid", "kid"} & read_metrics(folder).keys() == names
 
 
 @pytest.mark.usefixtures("quick_distance", "few_shapes", "bare_network")
 def test_a_single_held_out_image_has_no_distances(run_command, tmp_path):
     flags = ["--stage", "tokenizer", "--tokenizer_steps", 2, "--eval_images", 1]
     out = tmp_path / "run"
-    result = run_command(train, *FLAGS, *flags, "--weights", "bare.pth", "--out", out)
+    weights = ["--weights", "bare.pth"]
+    result = run_command(train, *FLAGS, *flags, *weights, "--out", out)
     assert result.status == 0, result.err
     assert not {"rfid", "kid"} & read_metrics(out).keys()
+    words = ["--reconstruct", "shapes", *weights, "--out", tmp_path / "x.png"]
+    result = run_command(sample, out, *words)
+    assert result.status == 0, result.err
+    assert "PSNR" in result.out and "FID" not in result.out
+    words = ["--uniformity", "shapes", "--out", tmp_path / "u.png"]
+    assert_refused(run_command(sample, out, *words), "sample.py", "shapes has 1 held-out images")
+    assert not (tmp_path / "u.png").exists()
 
 
 def peak_memory(metrics, name):
@@ -5325,6 +5551,7 @@ def peak_memory(metrics, name):
     return metrics[f"{prefix}peak_memory_gb"]
 
 
+@pytest.mark.usefixtures("few_shapes")
 def test_peak_memory_is_that_of_the_process_which_trained(copied_run, run_command):
     """A finished run's checkpoint keeps it: to read the run again takes less."""
     before = read_metrics(copied_run)
@@ -5395,12 +5622,14 @@ BAD_SAMPLE_WORDS = [
     ("RUN --seed -1", "--seed -1 must lie in 0 to 2^31 - 1"),
     ("RUN --seed 2147483648", "--seed 2147483648 must lie in 0 to 2^31 - 1"),
     ("RUN --seed 100000000000000000000", "must lie in 0 to 2^31 - 1"),
-    ("RUN --runs 0", "--runs 0 must lie in 1 to 1,000"),
-    ("RUN --runs -1", "--runs -1 must lie in 1 to 1,000"),
-    ("RUN --runs 1001", "--runs 1001 must lie in 1 to 1,000"),
-    ("RUN --runs 100000000000000000000", "must lie in 1 to 1,000"),
+    ("RUN --uniformity shapes --runs 0", "--runs 0 must lie in 1 to 1,000"),
+    ("RUN --uniformity shapes --runs -1", "--runs -1 must lie in 1 to 1,000"),
+    ("RUN --uniformity shapes --runs 1001", "--runs 1001 must lie in 1 to 1,000"),
+    ("RUN --uniformity shapes --runs 100000000000000000000", "must lie in 1 to 1,000"),
     ("RUN --out old.png", "old.png exists: choose another --out"),
-    ("RUN --retain shapes --steps 3", "--classes, --steps and --guidance are of new images alone"),
+    ("RUN --retain shapes --steps 3", "--n, --classes, --steps and --guidance are of new images"),
+    ("RUN --retain shapes --n 3", "are of new images alone"),
+    ("RUN --retain shapes --runs 3", "--runs counts the t-SNE runs of --uniformity alone"),
     ("RUN --uniformity shapes --guidance 2", "are of new images alone"),
     ("RUN --reconstruct shapes --classes 0", "are of new images alone"),
     ("RUN --beside RUN", "--beside names runs to compare with, for --reconstruct alone"),

@@ -11,7 +11,6 @@ Every setting of glotok.Config is a flag; a preset gives the defaults.
 import argparse
 import contextlib
 import copy
-import fcntl
 import functools
 import json
 import math
@@ -49,6 +48,7 @@ from fid import (
     load_data,
     load_states,
     load_weights,
+    lock,
     named_tensors,
     note,
     psnr,
@@ -300,6 +300,10 @@ def compile_networks(c, device, *networks):
         reason = str(error).strip().splitlines()[0]
         note(f"--compile 1 finds no working compiler ({reason}): not compiled")
         return
+    # gradient_ratio goes backward through one graph several times. A compiled one, from torch 2.6
+    # on, refuses unless it keeps its buffers: the setting is the one that its message names.
+    if hasattr(torch._functorch.config, "donated_buffer"):
+        torch._functorch.config.donated_buffer = False
     for network in networks:
         network.compile(dynamic=False)
 
@@ -529,7 +533,10 @@ def read_vectors(path, name=""):
     """The one float array (n, d), n > 1, of a file or, given a name, that one -> float32."""
     if path.suffix in (".npy", ".npz"):
         arrays = {k: v for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
-        found = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        # two kinds, since torch has neither all widths nor all byte orders of numpy
+        found = {}
+        for k, v in arrays.items():
+            found[k] = torch.from_numpy(v.astype("float32" if v.dtype.kind == "f" else "int64"))
     else:
         found = dict(named_tensors(load_checkpoint(path)))
     fitting = []
@@ -564,9 +571,7 @@ def load_lpips(file, device):
 
 
 def load_start(c):
-    """The weights of the tokenizer that this one starts from; None if it starts at random."""
-    if not c.start_from:
-        return None
+    """The weights of the tokenizer that this one starts from."""
     path = Path(c.start_from) / "tokenizer.pt"
     saved = load_checkpoint(path)
     load_states(path, {"model": GloTok(c)}, saved)  # BadInput if it does not fit
@@ -581,14 +586,16 @@ def load_start(c):
 class Stage:
     """What both loops below share: where to start, the log, the checkpoints, stopping.
 
-    states: {name: module or optimizer}, what a checkpoint holds. A `with` block around the loop
-    makes Ctrl-C and SIGTERM requests: the step in hand is completed and saved first.
+    states: {name: module or optimizer}, what a checkpoint holds; start: a tensor that it holds as
+    it was when the run began. A `with` block around the loop makes Ctrl-C and SIGTERM requests: the
+    step in hand is completed and saved first.
     """
 
-    def __init__(self, run, name, states, steps, batch_size):
+    def __init__(self, run, name, states, steps, batch_size, start=None):
         self.run = run
         self.name = name
         self.states = states
+        self.at_start = start
         self.steps = steps
         self.batch_size = batch_size
         self.path = run.out / f"{name}.pt"
@@ -599,8 +606,9 @@ class Stage:
             saved = load_checkpoint(self.path, run.device)
             load_states(self.path, states, saved)
             self.step = saved["step"]
-            self.seconds_before = saved["seconds"]
+            self.seconds_before = saved.get("seconds", 0.0)
             self.peak_before = saved.get("peak", 0)
+            self.at_start = saved.get("at_start", start)
         self.first_step = self.step
         self.start = time.monotonic()
         if run.device.type == "cuda":
@@ -673,10 +681,13 @@ class Stage:
             return
         saved = {name: part.state_dict() for name, part in self.states.items()}
         saved |= {"step": self.step, "seconds": self.seconds(), "peak": self.peak()}
+        saved["at_start"] = self.at_start
         write_atomically(self.path, lambda file: torch.save(saved, file))
 
     def stop(self):
         """Leave the loop, as Ctrl-C does."""
+        if WORLD_SIZE > 1:
+            dist.barrier()  # torchrun ends all processes soon after the first: not before the save
         message = f"\nstopped after step {self.step}: continue with --resume --out {self.run.out}"
         print(message, file=sys.stderr)
         raise KeyboardInterrupt
@@ -745,7 +756,8 @@ def train_tokenizer(run, lpips, start):
         states |= {"disc": disc, "disc_optimizer": disc_optimizer}
 
     teacher_hist = run.teacher["histogram"].to(device)
-    # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed
+    # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed, and this
+    # histogram with it
     hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
     # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
@@ -756,7 +768,7 @@ def train_tokenizer(run, lpips, start):
     compile_networks(c, device, model.encoder, model.decoder, disc)
     ddp_model = distributed(model)
     ddp_disc = distributed(disc)
-    stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size)
+    stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size, hist_before)
     keep_counts_in_process_0(model)
     announce("tokenizer", model, c, device)
     batches = training_batches(run, range(stage.step, c.tokenizer_steps))
@@ -824,7 +836,7 @@ def train_tokenizer(run, lpips, start):
                 stage.save()
             if stage.stopping:
                 stage.stop()
-    return model.eval(), hist_before, stage.figures()
+    return model.eval(), stage.at_start, stage.figures()
 
 
 def new_tokenizer(c, start):
@@ -916,7 +928,7 @@ def train_generator(run, model):
             means = {}
 
             torch.manual_seed(step_seed(c, step))
-            index = own_share(batch_indices(len(tokens), c.gen_batch, step, c.seed))
+            index = own_share(batch_indices(len(tokens), c.gen_batch, step, c.seed)).to(device)
             draws = [own_share(x) for x in generator.draw(c.gen_batch, device)]
             for k, (i, *part_draws) in enumerate(micro_batches(c, index, *draws)):
                 x = tokens[i]
@@ -1007,6 +1019,11 @@ def check_fits(args, c):
                 f"{name} is {getattr(c, name)}: it must be a multiple of {WORLD_SIZE} process(es) "
                 f"times accumulate, {c.accumulate}"
             )
+    if torch.cuda.is_available() and torch.cuda.device_count() <= LOCAL_RANK:
+        raise BadInput(
+            f"this machine has {torch.cuda.device_count()} GPU(s): give torchrun no more "
+            "--nproc_per_node"
+        )
     if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
         raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
 
@@ -1015,6 +1032,7 @@ def train(args, c, device):
     """Data, teacher, tokenizer, generator; figures and pictures into the run folder."""
     start = time.monotonic()
     data = load_data(c.data, c.image_size, c.seed, decode_later=c.crop < 1)
+    check_same_data(args, data)
     c = make_config({**asdict(c), "classes": len(data.classes)})
     in_memory = torch.is_tensor(data.train)
     if in_memory:
@@ -1034,7 +1052,9 @@ def train(args, c, device):
     complete = steps_done(args.out / "tokenizer.pt") >= c.tokenizer_steps
     use_lpips = c.lambda_perceptual and not complete
     lpips = load_lpips(args.lpips, device) if use_lpips else None
-    start_weights = load_start(c)
+    start_weights = None
+    if c.start_from and not (args.out / "tokenizer.pt").exists():
+        start_weights = load_start(c)
     torch.manual_seed(c.seed)
 
     with contextlib.ExitStack() as stack:
@@ -1048,7 +1068,7 @@ def train(args, c, device):
             check_steps(args.out, c)
             write_json(args.out / "config.json", {"preset": args.preset, **asdict(c)})
             if teacher:
-                saved = {**teacher, "made_by": asdict(c)}
+                saved = {**teacher, "made_by": asdict(c), "data": summary(data)}
                 write_atomically(path, lambda file: torch.save(saved, file))
         if WORLD_SIZE > 1:
             dist.barrier()  # the others wait for the teacher
@@ -1062,7 +1082,11 @@ def train(args, c, device):
         model, hist_before, figures = train_tokenizer(run, lpips, start_weights)
         figures["processes"] = WORLD_SIZE
         if RANK == 0:
-            metrics |= report_tokenizer(run, model, hist_before, figures)
+            figures = report_tokenizer(run, model, hist_before, figures)
+            if metrics.get("images") != figures["images"]:  # FID and KID are of other images
+                metrics.pop("rfid", None)
+                metrics.pop("kid", None)
+            metrics |= figures
             write_json(args.out / "metrics.json", metrics)
             print(
                 f"tokenizer: done. Look at {args.out}: reconstructions.png, histogram.png",
@@ -1077,6 +1101,30 @@ def train(args, c, device):
             draw_curves(args.out, teacher["floor"])
             print_summary(args.out, metrics, time.monotonic() - start)
             print_next_steps(args, c)
+
+
+def summary(data):
+    """What a run may not lose sight of: its classes, and how many images it has."""
+    return {"classes": list(data.classes), "train": len(data.train), "val": len(data.val)}
+
+
+def check_same_data(args, data):
+    """BadInput if a run that is resumed began with other data.
+
+    It would draw other batches, and might have trained on what is now held out.
+    """
+    path = args.out / "teacher.pt"
+    if not (args.resume and path.exists()):
+        return
+    saved = load_checkpoint(path)
+    now = summary(data)
+    before = saved.get("data", now) if isinstance(saved, dict) else now
+    if before != now:
+        raise BadInput(
+            f"the run in {args.out} began with {before['train']} training and {before['val']} "
+            f"held-out images of {len(before['classes'])} classes; now there are {now['train']}, "
+            f"{now['val']} and {len(now['classes'])}: bring the data back, or choose another --out"
+        )
 
 
 def print_plan(args, c):
@@ -1157,13 +1205,7 @@ def locked(folder):
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BadInput(f"cannot write {folder}: another process is training there") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+        lock(descriptor, f"cannot write {folder}: another process is training there")
         yield
     finally:
         os.close(descriptor)

@@ -250,6 +250,11 @@ def test_presets_have_the_papers_settings():
     assert (c.gen_lr, c.gen_lr_end, c.gen_decay) == (4e-4, 1e-5, 0.02)
     assert (c.lambda_adv, c.adv_adaptive, c.adv_start) == (0.5, 0, 20000)
 
+    assert (c.gen_batch, c.gen_warmup, c.gen_cooldown, c.ema) == (2048, 62557, 0.25, 0.9999)
+    assert (c.guidance, c.guidance_first, c.stochastic, c.time_shift) == (2.7, 1.0, 1, 0.0)
+    assert (c.lambda_recon, c.lambda_quantize, c.lambda_perceptual, c.beta) == (1, 1, 1, 0.25)
+    assert (c.cell, c.crop, c.teacher_by_class, c.adapter_layers) == (8, 0.8, 1, 6)
+
     far = PRESETS["imagenet256-far"]
     assert (far.gen_lr, far.gen_batch, far.gen_decay) == (1e-4, 256, 0.05)
     assert (far.guidance, far.gen_dropout, far.label_dropout) == (2.0, 0.1, 0.1)
@@ -839,13 +844,34 @@ def test_eq10_value_and_stop_gradients():
     f_sem, f_vis = model.features(x)
     expected_sem = squared_error(f_sem, model.quantizer_sem, model.residual_sem)
     expected_vis = squared_error(f_vis, model.quantizer_vis, model.residual_vis)
-    expected = (expected_sem + expected_vis).item()
-    assert losses["residual"].item() == pytest.approx(expected, rel=1e-4)
+    expected = expected_sem + expected_vis
+    assert losses["residual"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    # Zhat is stopped nowhere, neither as R's input nor beside Zres.
+    codebooks = [model.quantizer_sem.weight, model.quantizer_vis.weight]
+    pulls = torch.autograd.grad(losses["residual"], codebooks, retain_graph=True)
+    for pull, whole in zip(pulls, torch.autograd.grad(expected, codebooks)):
+        torch.testing.assert_close(pull, whole, atol=1e-7, rtol=1e-3)
 
     losses["residual"].backward()
     # sg[Z]: neither the encoder nor the adapters.
     moved = {"quantizer_sem", "quantizer_vis", "residual_sem", "residual_vis"}
     assert modules_with_gradient(model) == moved
+
+
+def test_coverage_moves_the_encoder_towards_unused_semantic_codes():
+    model = GloTok(replace(TINY, codes_sem=256))  # more codes than features: some are unused
+    x = random_images()[:1]
+    _, losses = model(x)
+    losses["coverage"].backward()
+    assert modules_with_gradient(model) == {"encoder", "adapter_sem"}
+
+    f_sem, _ = model.features(x)
+    z = f_sem[0] / f_sem[0].norm(dim=1, keepdim=True)  # (64, 8)
+    distance = ((z[:, None] - model.codebook_sem) ** 2).sum(2)  # (64, 256)
+    unused = torch.ones(256).index_fill(0, distance.argmin(1), 0)
+    expected = (unused * distance.min(0).values / 8).mean()
+    assert losses["coverage"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_eq10_pulls_the_codes_towards_the_features():
@@ -924,9 +950,11 @@ def test_true_latents_decode_to_the_reconstruction(latent_residual, snap):
     latents = model.to_latents(sem, vis)
     assert latents.shape == (2, 16, 8, 8)
     torch.testing.assert_close(model.from_latents(latents), recon, atol=1e-5, rtol=1e-4)
+    longer = model.from_latents(1.1 * latents)
     if snap:
-        longer = model.from_latents(1.1 * latents)
         torch.testing.assert_close(longer, recon, atol=1e-5, rtol=1e-4)
+    else:
+        assert (longer - recon).abs().max() > 1e-3
 
 
 # ---- The whole loss (2), (3), (13)
@@ -2039,26 +2067,35 @@ def test_fars_guidance_moves_away_from_the_answer_without_label(top_k, monkeypat
     far.config = replace(far.config, top_k=top_k)
     multinomial = torch.multinomial
     seen = []
+    drawn = []
 
-    def record_probabilities(p, n):
+    def record(p, n):
         seen.append(p)
-        return multinomial(p, n)
+        drawn.append(multinomial(p, n))
+        return drawn[-1]
 
-    monkeypatch.setattr(torch, "multinomial", record_probabilities)
+    monkeypatch.setattr(torch, "multinomial", record)
     far.sample(labels, guidance=2.5)
     assert len(seen) == 128  # 64 positions, two indices each
 
     no_label = torch.full_like(labels, TINY.classes)
     no_tokens = torch.zeros(3, 0, 2, dtype=torch.int64)
-    with_label = far.visual_logits(far.context(labels, no_tokens)[:, 0])
-    without = far.visual_logits(far.context(no_label, no_tokens)[:, 0])
-    guided = without + 2.5 * (with_label - without)
-    expected = guided.softmax(1).sort(descending=True).values
-    if top_k:
-        assert all(p.shape == (3, top_k) for p in seen)
-        expected = expected[:, :top_k]
-        expected = expected / expected.sum(1, keepdim=True)
-    assert torch.allclose(seen[0], expected, atol=1e-6)
+    context = far.context(labels, no_tokens)[:, 0]
+    without_label = far.context(no_label, no_tokens)[:, 0]
+
+    def expected(logits, without):
+        guided = without + 2.5 * (logits - without)
+        p, order = guided.softmax(1).sort(descending=True)
+        if top_k:
+            p = p[:, :top_k] / p[:, :top_k].sum(1, keepdim=True)
+        return p, order
+
+    p, order = expected(far.visual_logits(context), far.visual_logits(without_label))
+    assert torch.allclose(seen[0], p, atol=1e-6)
+    vis = order.gather(1, drawn[0])[:, 0]
+    logits = far.both_logits(context, vis)[1]
+    p, _ = expected(logits, far.both_logits(without_label, vis)[1])
+    assert torch.allclose(seen[1], p, atol=1e-6)
 
 
 # ================================================================================================
@@ -2872,7 +2909,7 @@ def seeded_inception():
             m.weight.data.uniform_(0.8, 1.2, generator=g)
             m.bias.data.normal_(0, 0.1, generator=g)
     net.fc.weight.data.normal_(0, 0.02, generator=g)
-    net.fc.bias.data.zero_()
+    net.fc.bias.data.normal_(0, 1, generator=g)  # which the logits leave out
     return net
 
 
@@ -4102,6 +4139,25 @@ def test_the_moving_average_keeps_no_graph(small_flags, tmp_path, monkeypatch, r
     for weight in weights:
         assert not weight.requires_grad
         assert weight.grad_fn is None
+
+
+def test_the_moving_average_of_the_weights_is_what_samples(small_flags, tmp_path, run_command):
+    out = tmp_path / "run"
+    steps = ["--tokenizer_steps", 1, "--generator_steps", 1]
+    assert run_command(train, *small_flags, *steps, "--out", out).status == 0
+    config, _ = sample.load_config(out)
+    torch.manual_seed(config.seed)
+    before = XAR(config)
+    saved = torch.load(out / "generator.pt", weights_only=True)
+    network = sample.load_generator(out)
+    moved = 0
+    for name, weight in before.named_parameters():
+        after = saved["model"][name]
+        moved += (after != weight).sum()
+        expected = weight + (1 - 1 / 10) * (after - weight)  # the first step's decay is 1 / 10
+        torch.testing.assert_close(saved["ema_model"][name], expected, atol=1e-7, rtol=1e-6)
+        assert torch.equal(network.get_parameter(name), saved["ema_model"][name])
+    assert moved > 0
 
 
 # ---- micro-batches and processes
@@ -5396,6 +5452,20 @@ def test_sample_refuses_a_run_without_tokenizer(copied_run, run_command):
 
 
 # ---- the commands of sample.py
+
+
+def test_steps_and_guidance_reach_the_generator(finished, run_command, tmp_path, monkeypatch):
+    seen = []
+    draw = XAR.sample
+
+    def record(generator, labels, steps, guidance):
+        seen.append((steps, guidance))
+        return draw(generator, labels, steps, guidance)
+
+    monkeypatch.setattr(XAR, "sample", record)
+    options = ["--n", 2, "--steps", 2, "--guidance", 1.7, "--out", tmp_path / "a.png"]
+    assert run_command(sample, finished, *options).status == 0
+    assert seen == [(2, 1.7)]
 
 
 def test_samples_depend_on_the_seed_alone(finished, run_command, tmp_path):

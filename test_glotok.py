@@ -4800,7 +4800,8 @@ def test_the_rivals_train_resume_and_sample(small_flags, quick_convnet, tmp_path
     rows = read_rows(whole)
     assert 0 < rows[0]["contrastive"] < math.log(8) + 2  # similarities lie in [-1, 1]
     assert "hist" not in rows[0]
-    assert rows[-1]["cross_entropy"] < math.log(24)
+    # 16 and 24 codes: an untrained FAR has 2.98
+    assert rows[-1]["cross_entropy"] < (math.log(16) + math.log(24)) / 2 - 0.01
     result = run_command(sample, whole, "--n", 4, "--out", tmp_path / "x.npz")
     assert result.status == 0, result.err
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)

@@ -39,6 +39,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -2139,6 +2140,37 @@ def test_lpips_follows_its_formula():
             expected += (weight * (unit_a - unit_b) ** 2).sum(1).mean((1, 2))
     torch.testing.assert_close(net(x, y), expected, atol=1e-5, rtol=1e-3)
     assert net(x, x).abs().max() == 0
+
+
+def test_a_block_of_dinov2_in_numpy():
+    """The published layout: rows of qkv are those of q, then k, then v; within each, by head."""
+    net = DINOv2(width=12, depth=1, heads=3)
+    for p in net.blocks.parameters():
+        p.normal_(0, 0.5)
+    x = torch.randn(1, 5, 12)
+    w = {name: p.double().numpy() for name, p in net.blocks[0].named_parameters()}
+
+    def layer_norm(x, name):
+        x = x - x.mean(1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    tokens = x[0].double().numpy()
+    qkv = linear(layer_norm(tokens, "norm1"), "attn.qkv")  # (5, 36)
+    heads = []
+    for h in range(3):
+        q, k, v = (qkv[:, 12 * i + 4 * h : 12 * i + 4 * h + 4] for i in range(3))
+        attention = np.exp(q @ k.T / math.sqrt(4))
+        heads.append(attention / attention.sum(1, keepdims=True) @ v)
+    tokens = tokens + w["ls1.gamma"] * linear(np.hstack(heads), "attn.proj")
+    hidden = linear(layer_norm(tokens, "norm2"), "mlp.fc1")
+    hidden = hidden * scipy.stats.norm.cdf(hidden)  # GELU
+    tokens = tokens + w["ls2.gamma"] * linear(hidden, "mlp.fc2")
+    np.testing.assert_allclose(net.blocks[0](x)[0], tokens, atol=1e-4, rtol=1e-4)
+    assert [block.attn.heads for block in DINOv2().blocks] == [6] * 12
 
 
 DINOV2_SHAPES = {

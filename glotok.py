@@ -128,7 +128,7 @@ class Config:
     top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
     guidance: float = setting(3.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
     guidance_first: float = setting(
-        3.0, "xar: upper limit of it at the first cell (xAR: 1)", 0, 100
+        3.0, "xar: guidance of the first cell, never above guidance (xAR: 1)", 0, 100
     )
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
     generator_steps: int = setting(4000, "training steps of the generator", 1)
@@ -371,7 +371,7 @@ IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
 IMAGENET256 = Config(
     data="imagenet",
     teacher="dinov2",
-    teacher_centres=4096,
+    teacher_centres=4096,  # 4 a class, so 4,000
     teacher_by_class=1,  # section 3.3: as VQGAN-LC
     image_size=256,
     patch=1,
@@ -425,13 +425,14 @@ IMAGENET256 = Config(
 
 IMAGENET256_2X = replace(
     IMAGENET256,
-    teacher_centres=16384,
+    teacher_centres=16384,  # 16 a class, so 16,000
     codes_sem=16384,
     codes_vis=16384,
 )
 
-# FAR-B's sizes and training as released; README lists where our blocks differ. (L: gen_width 1280,
-# gen_layers 36, gen_heads 20, head_layers 4.) Table 2 gives 415 M parameters in all rows of FAR-B.
+# FAR-B's sizes and, but for Adam's second beta and the moving average (xAR's), its training as
+# released; README lists these and where our blocks differ. (L: gen_width 1280, gen_layers 36,
+# gen_heads 20, head_layers 4.) Table 2 gives 415 M parameters in all rows of FAR-B.
 # That fits two codebooks of 16,384, FQGAN's and GloTok(2x)'s: ours are 410 M, and would be 377 M
 # with 4,096 and 12,288 codes.
 IMAGENET256_FAR = replace(
@@ -861,7 +862,7 @@ def used_histogram(codes, counts, bins=40, alpha=None):
 
 
 # ================================================================================================
-# 4. The residual module (8)-(12)
+# 4. The residual module: the idea of (8)-(12), the network of (8) and (9)
 # ================================================================================================
 # Quantization error is not noise: a code's neighbours in the grid say much about where in its
 # Voronoi cell a feature lay. One transformer block reads all codes of one kind and predicts the
@@ -1235,8 +1236,9 @@ def total_loss(c, losses, weights):
 
 
 def adversarial_loss(disc, recon):
-    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. Its gradient moves the tokenizer
-    alone (the statistics of disc's batch norm, which training does not use, see the pass, too).
+    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. It moves the tokenizer alone.
+
+    (The pass also updates the running statistics of disc's batch norm, which nothing reads.)
     """
     disc.requires_grad_(False)
     loss = -disc(recon).mean()
@@ -1270,21 +1272,21 @@ def gradient_weights(c, step, losses, model):
 def adversarial_weight(c, step, losses, last_layer):
     """l_G at a step >= adv_start (steps count from 0): lambda_adv, growing over adv_ramp steps.
 
-    With adv_adaptive times VQGAN's factor, which makes the gradient of L_G at the decoder's last
-    layer as large as that of L_R and L_P.
+    If adv_adaptive is 1, that times VQGAN's factor, which makes the gradient of L_G at the
+    decoder's last layer as large as that of L_R and L_P.
     """
     ramp = min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
     weight = c.lambda_adv * ramp
     if c.adv_adaptive:
-        pictures = reconstruction_terms(c, losses)
-        weight = weight * gradient_ratio(pictures, losses["adv"], last_layer)
+        reconstruction = reconstruction_terms(c, losses)
+        weight = weight * gradient_ratio(reconstruction, losses["adv"], last_layer)
     return weight
 
 
 def vf_weight(c, losses, semantic_layer):
-    """VA-VAE's weight of its loss: lambda_vf times the ratio of gradients at semantic_layer."""
-    pictures = reconstruction_terms(c, losses)
-    return c.lambda_vf * gradient_ratio(pictures, losses["vf"], semantic_layer)
+    """VA-VAE's: lambda_vf ||d (l_R L_R + l_P L_P)|| / ||d L_vf||, gradients at semantic_layer."""
+    reconstruction = reconstruction_terms(c, losses)
+    return c.lambda_vf * gradient_ratio(reconstruction, losses["vf"], semantic_layer)
 
 
 def gradient_ratio(loss, other, weight):
@@ -1646,9 +1648,9 @@ def entropy_loss(z, codebook, temperature=0.01):
 #     L_mcos = mean over images and i of relu(1 - 0.5 - cos(z'_i, f_i))
 #     L_vf   = L_mdms + L_mcos
 #
-# Its weight is 0.1 times the ratio of two norms of gradients at the last layer before the latent,
-# the pictures' and L_vf's: vf_weight, section 6. VA-VAE's latent is continuous; ours is the
-# quantized one, which is what the decoder gets.
+# Its weight is 0.1 times a ratio of gradients at the last layer before the latent: the norm of that
+# of l_R L_R + l_P L_P over the norm of that of L_vf (vf_weight, section 6). VA-VAE's latent is
+# continuous; ours is the quantized one, which is what the decoder gets.
 
 
 def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
@@ -1973,8 +1975,8 @@ class LPIPS(nn.Module):
 class DINOv2(nn.Module):
     """Oquab et al. 2023, ViT-S/14: RGB in [0, 1], (B, 3, H, W), H and W multiples of 14 -> tokens.
 
-    The result is (B, H * W / 196, 384), the patch tokens after the last norm; `tokens` has the
-    class token before them.
+    The result is (B, 1 + H * W / 196, 384), the class token and the patch tokens, after the last
+    norm.
     """
 
     GRID = 37  # patches each way that the position embedding was made for
@@ -1995,9 +1997,6 @@ class DINOv2(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x):
-        return self.tokens(x)[:, 1:]
-
-    def tokens(self, x):
         x = self.patch_embed["proj"]((x - self.mean) / self.std)  # (B, width, h, w)
         position_cls, position = self.pos_embed.split([1, self.GRID**2], dim=1)
         position = position.transpose(1, 2).unflatten(2, (self.GRID, self.GRID))

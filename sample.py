@@ -388,8 +388,8 @@ def report_tokenizer(run, model, hist_before, figures):
 def report_generator(run, model, generator, figures, per_class=16):
     """samples.png, a row for each of the first ten classes -> figures, a dict.
 
-    Among them how often the convnet teacher, if it is one, sees the class that was asked for, in
-    per_class images of each of them; 12 are shown.
+    per_class images are drawn of each class, and 12 of them shown. If the teacher is the convnet,
+    the figures include how often it sees the class that was asked for.
     """
     c = run.config
     classes = run.data.classes[:10]
@@ -906,9 +906,10 @@ def write_npz(path, labels, size, key, batches):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as file:
         lock(file, f"cannot write {path}: another process is drawing the same images")
-        finished = file.tell() // batch_bytes
+        # Whole batches alone: the noise of a last, smaller one depends on its size.
+        finished = min(file.tell() // batch_bytes, n // GENERATE_BATCH)
         file.truncate(finished * batch_bytes)
-        done = min(finished * GENERATE_BATCH, n)
+        done = finished * GENERATE_BATCH
         progress = Progress("sampling", n, done)
         for images in batches(done):
             file.write(images.permute(0, 2, 3, 1).numpy().tobytes())

@@ -2346,7 +2346,7 @@ def test_dinov2_has_the_published_names_and_shapes():
     for name, shape in DINOV2_SHAPES.items():
         assert state[name].shape == shape, name
     assert len(state) == 4 + 12 * 14 + 2 + 1
-    assert net(torch.rand(2, 3, 28, 42)).shape == (2, 6, 384)
+    assert net(torch.rand(2, 3, 28, 42)).shape == (2, 1 + 6, 384)
 
 
 @torch.no_grad()
@@ -2366,7 +2366,7 @@ def test_dinov2_puts_each_patch_at_its_place():
     token = state["patch_embed.proj.weight"].flatten(1) @ patch.flatten()
     token += state["patch_embed.proj.bias"]
     token += state["pos_embed"][0, 1 + 37 * row + column]
-    found = net(x)[0, 37 * row + column]
+    found = net(x)[0, 1 + 37 * row + column]
     torch.testing.assert_close(found, net.norm(token), atol=1e-4, rtol=1e-4)
 
 
@@ -2400,9 +2400,9 @@ def test_dinov2s_positions_are_resized_by_the_published_factor(height, width):
 
     grid = net.pos_embed[0, 1:].view(37, 37, 384).double().numpy()
     expected = np.einsum("ri,cj,ijd->rcd", weights(height // 14), weights(width // 14), grid)
-    found = net(torch.rand(1, 3, height, width))[0].view(height // 14, width // 14, 384)
+    tokens = net(torch.rand(1, 3, height, width))[0]
+    found = tokens[1:].view(height // 14, width // 14, 384)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    tokens = net.tokens(torch.rand(1, 3, height, width))[0]
     torch.testing.assert_close(tokens[0], (net.cls_token + net.pos_embed[:, :1])[0, 0])
 
 
@@ -3056,7 +3056,7 @@ def test_feature_networks_give_a_vector_and_maps(monkeypatch):
     monkeypatch.setattr(train, "load_weights", lambda path, net: None)
     vectors, maps = train.load_feature_network({}, device)(x)
     resized = F.interpolate((x + 1) / 2, (224, 224), mode="bicubic", antialias=True)
-    tokens = small.tokens(resized.clamp(0, 1)).detach()
+    tokens = small(resized.clamp(0, 1)).detach()
     torch.testing.assert_close(vectors, tokens[:, 0], atol=1e-5, rtol=1e-4)
     place = tokens[:, 1 + 16 * 3 + 5]
     torch.testing.assert_close(maps[:, :, 3, 5], place, atol=1e-5, rtol=1e-4)
@@ -4828,6 +4828,35 @@ def test_samples_on_a_full_disk_go_on_where_they_stopped(small_run, tmp_path, ru
     assert run_command(sample, *words, tmp_path / "whole.npz").status == 0
     images = np.load(path)["arr_0"]
     assert (images == np.load(tmp_path / "whole.npz")["arr_0"]).all()
+
+
+def test_what_a_stopped_longer_command_left_does_not_change_a_shorter_one(
+    small_run, tmp_path, run_command, monkeypatch
+):
+    """The noise of a last, smaller batch is not the beginning of a whole one's."""
+    monkeypatch.setattr(sample, "GENERATE_BATCH", 4)
+    with monkeypatch.context() as stopping:
+        decode_generated = sample.decode_generated
+        decoded = []
+
+        def decode_three_batches(model, latents):
+            if len(decoded) == 3:
+                raise KeyboardInterrupt
+            decoded.append(len(latents))
+            return decode_generated(model, latents)
+
+        stopping.setattr(sample, "decode_generated", decode_three_batches)
+        words = [small_run, "--n", 20, "--out", tmp_path / "x.npz"]
+        assert run_command(sample, *words).status != 0
+        assert decoded == [4, 4, 4]
+    [part] = tmp_path.glob(".x.npz.*.part")
+    assert part.stat().st_size == 12 * 16 * 16 * 3
+    for name in ("x.npz", "fresh.npz"):
+        result = run_command(sample, small_run, "--n", 6, "--out", tmp_path / name)
+        assert result.status == 0, result.err
+    images = np.load(tmp_path / "x.npz")["arr_0"]
+    assert images.shape == (6, 16, 16, 3)
+    assert (images == np.load(tmp_path / "fresh.npz")["arr_0"]).all()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(copied_small_run):

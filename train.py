@@ -362,12 +362,16 @@ def add_to(means, losses, c):
 # ================================================================================================
 
 
+MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
+
+
 def make_teacher(c, data, device):
     """All that training needs of the teacher, a dict; made once.
 
     "histogram" (bins,); "moments", the mean and the mean square of its cosines; "floor", the KL
-    that free codes reach (histogram_floor); of a convnet also its weights and its number of
-    classes. For the record: how many "vectors" there are, and the SHA-256 of a file.
+    that as many free codes reach, or MAX_FLOOR_CODES of them (histogram_floor); of a convnet also
+    its weights and its number of classes. For the record: how many "vectors" there are, and the
+    SHA-256 of a file.
     """
     if c.teacher == "sphere":
         histogram = sphere_histogram(c.code_dim, c.bins)
@@ -380,9 +384,6 @@ def make_teacher(c, data, device):
     codes = min(c.codes_sem, MAX_FLOOR_CODES)
     teacher["floor"] = histogram_floor(teacher["histogram"].to(device), codes, c.code_dim)
     return teacher
-
-
-MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
 
 
 def teacher_vectors(c, data, device):
@@ -458,7 +459,7 @@ def load_feature_network(teacher, device):
     @torch.no_grad()
     def dinov2_features(x):
         x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = dinov2.tokens(x)  # (B, 1 + 256, D)
+        tokens = dinov2(x)  # (B, 1 + 256, D)
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
 
     return dinov2_features
@@ -476,7 +477,8 @@ def feature_centres(c, data, features, device):
     """Centres of the features of all training images, or of teacher_images of them, (n, D).
 
     n = teacher_centres, or fewer in small data sets. With teacher_by_class as VQGAN-LC: the mean of
-    each image's patches, an equal share of the centres for each class, stacked.
+    each image's patches, clustered class by class, teacher_centres // classes centres each (but at
+    least one), stacked. So 4,096 centres of ImageNet's 1,000 classes are 4,000.
     """
     g = torch.Generator().manual_seed(c.seed)
     n = len(data.train)
@@ -586,16 +588,16 @@ def load_start(c):
 class Stage:
     """What both loops below share: where to start, the log, the checkpoints, stopping.
 
-    states: {name: module or optimizer}, what a checkpoint holds; start: a tensor that it holds as
-    it was when the run began. A `with` block around the loop makes Ctrl-C and SIGTERM requests: the
-    step in hand is completed and saved first.
+    states: {name: module or optimizer}, what a checkpoint holds; at_start: a tensor that it holds
+    as it was when the run began. A `with` block around the loop makes Ctrl-C and SIGTERM requests:
+    the step in hand is completed and saved first.
     """
 
-    def __init__(self, run, name, states, steps, batch_size, start=None):
+    def __init__(self, run, name, states, steps, batch_size, at_start=None):
         self.run = run
         self.name = name
         self.states = states
-        self.at_start = start
+        self.at_start = at_start
         self.steps = steps
         self.batch_size = batch_size
         self.path = run.out / f"{name}.pt"
@@ -608,9 +610,9 @@ class Stage:
             self.step = saved["step"]
             self.seconds_before = saved.get("seconds", 0.0)
             self.peak_before = saved.get("peak", 0)
-            self.at_start = saved.get("at_start", start)
+            self.at_start = saved.get("at_start", at_start)
         self.first_step = self.step
-        self.start = time.monotonic()
+        self.started = time.monotonic()
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.forget_later_rows()
@@ -628,7 +630,7 @@ class Stage:
 
     def __enter__(self):
         self.progress = Progress(f"{self.name} step", self.steps, self.step)
-        self.start = time.monotonic()  # again: what came before the loop is not training
+        self.started = time.monotonic()  # again: what came before the loop is not training
 
         def request_stop(*_):
             self.stop_requested = True
@@ -667,7 +669,7 @@ class Stage:
         values = all_reduce_mean(torch.stack(list(means.values()))).tolist()
         figures = dict(zip(means, values))
         text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if not k.endswith("grad_norm"))
-        seconds = time.monotonic() - self.start
+        seconds = time.monotonic() - self.started
         speed = (self.step - self.first_step) * self.batch_size / seconds
         self.progress.update(self.step, f"{text} {speed:.3g} images/s")
         if RANK == 0:
@@ -693,7 +695,7 @@ class Stage:
         raise KeyboardInterrupt
 
     def seconds(self):
-        return self.seconds_before + time.monotonic() - self.start
+        return self.seconds_before + time.monotonic() - self.started
 
     def peak(self):
         """The most memory that a process took which trained this stage, bytes.
@@ -738,15 +740,15 @@ def announce(stage_name, network, c, device):
 # ================================================================================================
 
 
-def train_tokenizer(run, lpips, start):
+def train_tokenizer(run, lpips, start_weights):
     """Descend eq. (13) -> the model, its codebook's histogram before training, figures.
 
-    start: the weights to begin with, None for random ones.
+    start_weights: the weights to begin with, None for random ones.
     """
     c = run.config
     device = run.device
     torch.manual_seed(c.seed)
-    model = new_tokenizer(c, start).to(device, memory_format=torch.channels_last).train()
+    model = new_tokenizer(c, start_weights).to(device, memory_format=torch.channels_last).train()
     disc = discriminator(c).to(device)
     betas = (c.beta1, c.beta2)
     optimizer = torch.optim.Adam(model.parameters(), c.lr, betas, fused=True)
@@ -756,8 +758,8 @@ def train_tokenizer(run, lpips, start):
         states |= {"disc": disc, "disc_optimizer": disc_optimizer}
 
     teacher_hist = run.teacher["histogram"].to(device)
-    # of the initial codebook: Stage, below, loads the checkpoint of a run that is resumed, and this
-    # histogram with it
+    # Of the initial codebook, before Stage loads a checkpoint. If a run is resumed, Stage takes the
+    # one that the checkpoint holds in its place.
     hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
     # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
@@ -839,11 +841,11 @@ def train_tokenizer(run, lpips, start):
     return model.eval(), stage.at_start, stage.figures()
 
 
-def new_tokenizer(c, start):
-    """A GloTok with the weights `start` or, if that is None, random ones."""
+def new_tokenizer(c, weights):
+    """A GloTok with these weights or, if they are None, random ones."""
     model = GloTok(c)
-    if start:
-        model.load_state_dict(start)
+    if weights:
+        model.load_state_dict(weights)
         reset_usage_counts(model)
     return model
 

@@ -516,12 +516,12 @@ def resize_to_299(images):
 
 
 @functools.lru_cache(8)
-def resize_matrix(n, size=299):
-    """Bilinear interpolation of n points to `size`, as a matrix (size, n).
+def resize_matrix(n):
+    """Bilinear interpolation of n points to 299, as a matrix (299, n).
 
-    Point i comes from i * n / size: TensorFlow 1 has no half-pixel centres and no antialiasing.
+    Point i comes from i * n / 299: TensorFlow 1 has no half-pixel centres and no antialiasing.
     """
-    position = torch.arange(size) * (n / size)
+    position = torch.arange(299) * (n / 299)
     low = position.long()
     high = (low + 1).clamp(max=n - 1)
     part = position.frac()[:, None]
@@ -585,14 +585,18 @@ TAKES = {
 
 
 @contextlib.contextmanager
-def full_float32():
-    """No TF32 inside, even if the caller has set it: the figure must not depend on who asks."""
+def full_float32(device):
+    """No TF32 or autocast inside, even if the caller has set it.
+
+    The figure must not depend on who asks.
+    """
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
@@ -642,7 +646,7 @@ def measure(name, items, net, device, keep=(), skip_bad=False, size=None):
     numbered_images = read_images(name, items, size, tolerated=1 if skip_bad else 0)
     for _, group in itertools.groupby(numbered_images, batch_and_shape):
         images = torch.stack([image for _, image in group]).to(device)
-        with full_float32():
+        with full_float32(device):
             batch_features, batch_logits, batch_spatial = net(images)
         pooled.add(batch_features)
         spatial.add(batch_spatial)
@@ -707,8 +711,10 @@ def read_set(spec):
             "for instance data/imagenette2-160/val, and give --size"
         )
     if spec in ("shapes", "cifar10"):
-        images = load_data(spec, 32).train
-        return ImageSet(spec, images.permute(0, 2, 3, 1).numpy(), NOTHING_KNOWN)
+        items = load_data(spec, 32).train
+        if torch.is_tensor(items):  # else, where memory is short, arrays (H, W, 3) already
+            items = items.permute(0, 2, 3, 1).numpy()
+        return ImageSet(spec, items, NOTHING_KNOWN)
     path = Path(spec)
     if path.suffix != ".npz" or not path.is_file():
         return ImageSet(spec, list_images(path).items, NOTHING_KNOWN)
@@ -724,15 +730,21 @@ def read_set(spec):
 
 
 def read_moments(spec, arrays, mu_name, sigma_name, d):
-    """Two of a file's arrays -> Moments. BadInput if they are not finite or not of d features."""
-    mu = arrays[mu_name]
-    sigma = arrays[sigma_name]
+    """Two of a file's arrays -> Moments, float64.
+
+    BadInput if they are not finite numbers or not of d features.
+    """
+    try:
+        mu = np.asarray(arrays[mu_name], np.float64)
+        sigma = np.asarray(arrays[sigma_name], np.float64)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{spec}: {mu_name} or {sigma_name} is not of numbers: {error}") from None
     if mu.shape != (d,) or sigma.shape != (d, d):
         raise BadInput(
             f"{spec}: want statistics {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
             f"and it has {mu.shape} and {sigma.shape}"
         )
-    if not np.isfinite(sigma.sum() + mu.sum()):
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput(f"{spec}: {mu_name} or {sigma_name} holds NaN or infinity")
     return Moments(mu, sigma)
 
@@ -896,15 +908,18 @@ def list_arrays(path, arrays):
         raise BadInput(
             f"{path}: labels must be {n} integers from 0 up, and are {labels.dtype} {labels.shape}"
         )
-    names = [str(i) for i in range(labels.max(initial=0) + 1)]
+    names = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
     held_out = torch.zeros(n, dtype=torch.bool)
     return Listing(path, items, torch.from_numpy(labels.astype(np.int64)), names, held_out)
 
 
 def list_folder(path, classes=None):
-    """The image files below a folder, sorted -> Listing."""
-    files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-    files.sort()
+    """The image files below a folder, sorted, but for hidden ones -> Listing."""
+    files = []
+    for p in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in p.relative_to(path).parts)
+        if p.suffix.lower() in SUFFIXES and not hidden:
+            files.append(p)
     if not files:
         raise BadInput(f"no images ({', '.join(sorted(SUFFIXES))}) in {path}")
     class_of = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
@@ -1071,8 +1086,8 @@ def read_all(listing, size, decode_later=False):
     """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
 
     Up to 1 % unreadable ones are left out. Of a set that is too large, or to be decoded later, a
-    hundred are looked at, to meet errors early; it comes back as it is, and decode_batch will meet
-    the rest.
+    hundred are looked at, to meet errors early, of which up to 5 % may be unreadable; it comes back
+    as it is, and decode_batch will meet the rest.
     """
     n = len(listing.items)
     fits = not decode_later and n * 3 * size * size <= memory_budget()
@@ -1080,8 +1095,9 @@ def read_all(listing, size, decode_later=False):
     images = torch.empty(n if fits else 0, 3, size, size, dtype=torch.uint8)
     readable = []
     resized = 0
+    tolerated = 0.01 if fits else 0.05
     fate = "Left out" if fits else "Grey will stand in for such"
-    for i, loaded in load_images(listing.name, items, size, tolerated=0.01, fate=fate):
+    for i, loaded in load_images(listing.name, items, size, tolerated, fate):
         if fits:
             images[i] = loaded.image
         readable.append(i)
@@ -1140,14 +1156,14 @@ def stream_batches(items, batches, device, size, crops=None):
         batch_sampler=requests(),
         collate_fn=functools.partial(decode_batch, size=size),
         num_workers=min(16, max(1, os.cpu_count() // LOCAL_WORLD_SIZE)),
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=reset_signals_in_worker,
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
         yield batch.to(device, non_blocking=True)
 
 
-def ignore_ctrl_c(_):
+def reset_signals_in_worker(_):
     """A Ctrl-C in the terminal reaches worker processes, too, and is not for them.
 
     SIGTERM must end them: they inherit the handler of training, which only takes a note.

@@ -200,6 +200,28 @@ def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def assert_refused(result, script, message):
+    """Status 2; the message in one line, the last on standard error; no traceback."""
+    last = result.err.splitlines()[-1]
+    assert result.status == 2, result.err
+    assert last.startswith(f"{script}: "), result.err
+    assert message in last, result.err
+    assert "Traceback" not in result.err
+
+
+def read_files(folder):
+    """{name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fill_zero_weights(generator):
+    """Layers that start at zero would hide everything: give them weights. -> generator.eval()"""
+    for p in generator.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, 0, 0.1)
+    return generator.eval()
+
+
 def random_images(n=2, size=16):
     """Float images (n, 3, size, size) in [-1, 1]."""
     return torch.rand(n, 3, size, size) * 2 - 1
@@ -1312,14 +1334,6 @@ def test_adversarial_weight_equalizes_gradients_at_the_decoders_last_convolution
 
 # 8x8 tokens in 4 cells of 4x4.
 SMALL = replace(TINY, image_size=16, cell=4, gen_width=32, gen_layers=2, gen_heads=2, classes=3)
-
-
-def fill_zero_weights(generator):
-    """Layers that start at zero would hide everything: give them weights. -> generator.eval()"""
-    for p in generator.parameters():
-        if p.abs().sum() == 0:
-            torch.nn.init.normal_(p, 0, 0.1)
-    return generator.eval()
 
 
 def test_cells_run_row_by_row_and_back():
@@ -2775,6 +2789,12 @@ def jpeg(shade):
     return buffer.getvalue()
 
 
+def publish(path, monkeypatch):
+    """Let the file at `path` be the published one of its name."""
+    published = fid.Published("https://nowhere.invalid/", fid.sha256(path))
+    monkeypatch.setitem(fid.PUBLISHED, path.name, published)
+
+
 @pytest.fixture
 def imagenette(tmp_path, monkeypatch):
     """A small archive of Imagenette's layout in data/, believed to be the published one."""
@@ -2789,12 +2809,6 @@ def imagenette(tmp_path, monkeypatch):
                     add_to_archive(archive, f"imagenette2-160/{split}/{name}/{i}.JPEG", content)
     publish(path, monkeypatch)
     return path
-
-
-def publish(path, monkeypatch):
-    """Let the file at `path` be the published one of its name."""
-    published = fid.Published("https://nowhere.invalid/", fid.sha256(path))
-    monkeypatch.setitem(fid.PUBLISHED, path.name, published)
 
 
 def test_imagenette_is_unpacked_once_and_its_classes_are_words(imagenette):
@@ -3853,9 +3867,7 @@ def test_fid_paired_wants_images_of_one_size(run_command, inception_file, tmp_pa
     np.savez(tmp_path / "b.npz", images[:, :, :20])
     words = [tmp_path / "a.npz", tmp_path / "b.npz", "--paired", "--weights", inception_file]
     result = run_command(fid, *words)
-    assert result.status == 2
-    message = "--paired: the images 0 are (3, 24, 24) and (3, 24, 20)"
-    assert message in result.err.splitlines()[-1]
+    assert_refused(result, "fid.py", "--paired: the images 0 are (3, 24, 24) and (3, 24, 20)")
 
 
 @pytest.mark.usefixtures("quick_distance")
@@ -4057,6 +4069,14 @@ def few_shapes(monkeypatch):
     monkeypatch.setattr(fid, "draw_shapes", draw_few)
 
 
+@pytest.fixture
+def quick_convnet(monkeypatch):
+    """Flags of a convnet teacher that is trained for 20 steps: it need not be good."""
+    train_briefly = functools.partial(train.train_convnet, steps=20)
+    monkeypatch.setattr(train, "train_convnet", train_briefly)
+    return ["--teacher", "convnet", "--teacher_centres", 64]
+
+
 # ---- a run
 
 
@@ -4087,22 +4107,32 @@ def test_pictures_of_a_run_are_not_empty(name, finished):
         assert len(picture.convert("RGB").getcolors(10**6)) > 5
 
 
+def load_tokenizer(folder):
+    """The tokenizer of a run of TINY, in eval mode."""
+    model = GloTok(TINY).eval()
+    model.load_state_dict(torch.load(folder / "tokenizer.pt", weights_only=True)["model"])
+    return model
+
+
+@torch.no_grad()
+def held_out_and_recon(model):
+    """20 of the 1,000 held-out shapes, evenly spaced, and their reconstructions: uint8 images."""
+    images = fid.draw_shapes(1000, 16, 1)[0][::50]
+    recon = model.decode(*model.encode(images.float() / 127.5 - 1))
+    return images, ((recon.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def test_figures_of_a_run_computed_anew(finished):
     metrics = read_metrics(finished)
     assert {"psnr", "usage_sem", "usage_vis", "seconds", "device"} <= metrics.keys()
     assert {"hist_kl", "hist_kl_floor", "hist_kl_used"} <= metrics.keys()
 
-    model = GloTok(TINY).eval()
-    model.load_state_dict(torch.load(finished / "tokenizer.pt", weights_only=True)["model"])
-    images, _ = fid.draw_shapes(1000, 16, 1)
-    images = images[::50].float()  # 20, evenly
-    x = images / 127.5 - 1
+    model = load_tokenizer(finished)
+    images, recon = held_out_and_recon(model)
     with torch.no_grad():
-        recon, _ = model(x)
-        sem, vis = model.encode(x)
+        sem, vis = model.encode(images.float() / 127.5 - 1)
         hist_kl = histogram_relation_loss(model.codebook_sem, sphere_histogram(8))
-    recon = ((recon.clamp(-1, 1) + 1) * 127.5).round()
-    mse = (recon - images).square().mean((1, 2, 3))
+    mse = (recon.float() - images.float()).square().mean((1, 2, 3))
     psnr = (10 * torch.log10(255**2 / mse)).mean()
     assert metrics["psnr"] == pytest.approx(psnr.item(), abs=0.05)
     assert metrics["usage_sem"] == pytest.approx(len(set(sem.flatten().tolist())) / 16)
@@ -4463,8 +4493,7 @@ def test_refused_steps_leave_the_run_as_it_was(words, expected, copied_small_run
     log = (copied_small_run / "log.jsonl").read_text()
     flags = ["--resume", "--out", copied_small_run]
     result = run_command(train, *flags, *words.split())
-    assert result.status == 2
-    assert expected in result.err.splitlines()[-1]
+    assert_refused(result, "train.py", expected)
     assert (copied_small_run / "config.json").read_text() == config
     assert (copied_small_run / "log.jsonl").read_text() == log
     assert run_command(train, *flags).status == 0
@@ -5137,16 +5166,15 @@ def test_two_processes_do_not_draw_into_one_file(tmp_path):
 
 def test_two_runs_do_not_share_a_folder(copied_small_run, run_command):
     folder = copied_small_run
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = read_files(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the other run does
     try:
         result = run_command(train, "--resume", "--generator_steps", 21, "--out", folder)
     finally:
         os.close(descriptor)
-    assert result.status == 2
-    assert "another process is training there" in result.err.splitlines()[-1]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert_refused(result, "train.py", "another process is training there")
+    assert read_files(folder) == before
 
     # A run that has ended, in this very process, holds no lock.
     assert run_command(train, "--resume", "--out", folder).status == 0
@@ -5167,8 +5195,7 @@ def test_a_damaged_log_is_named(line, copied_small_run, run_command):
     log = copied_small_run / "log.jsonl"
     log.write_text(line + "\n")
     result = run_command(train, "--resume", "--out", copied_small_run)
-    assert result.status == 2
-    assert "log.jsonl is damaged" in result.err.splitlines()[-1]
+    assert_refused(result, "train.py", "log.jsonl is damaged")
     assert log.read_text() == line + "\n"
 
 
@@ -5203,8 +5230,7 @@ def test_another_lpips_file_is_refused(damage, lpips_file, small_flags, tmp_path
     torch.save(state, tmp_path / "bad.pth")
     words = ["--lambda_perceptual", 1, "--lpips", tmp_path / "bad.pth", "--out", tmp_path / "run"]
     result = run_command(train, *small_flags, *words)
-    assert result.status == 2
-    assert "bad.pth holds other weights" in result.err.splitlines()[-1]
+    assert_refused(result, "train.py", "bad.pth holds other weights")
     assert not (tmp_path / "run").exists()
 
 
@@ -5221,14 +5247,6 @@ def test_every_loss_can_be_switched_on_and_off(small_flags, lpips_file, tmp_path
     assert {"perceptual", "adv", "disc"} <= row.keys()
     assert row["perceptual"] != 0
     assert "hist" not in row
-
-
-@pytest.fixture
-def quick_convnet(monkeypatch):
-    """Flags of a convnet teacher that is trained for 20 steps: it need not be good."""
-    train_briefly = functools.partial(train.train_convnet, steps=20)
-    monkeypatch.setattr(train, "train_convnet", train_briefly)
-    return ["--teacher", "convnet", "--teacher_centres", 64]
 
 
 def test_vavaes_supervision_trains(small_flags, quick_convnet, tmp_path, run_command):
@@ -5459,20 +5477,6 @@ def test_convnet_teacher_learns_the_shapes_and_is_cached(tmp_path, monkeypatch, 
 
 
 # ---- bad input of train.py
-
-
-def assert_refused(result, script, message):
-    """Status 2; the message in one line, the last on standard error; no traceback."""
-    last = result.err.splitlines()[-1]
-    assert result.status == 2, result.err
-    assert last.startswith(f"{script}: "), result.err
-    assert message in last, result.err
-    assert "Traceback" not in result.err
-
-
-def read_files(folder):
-    """{name: bytes} of the files in a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def encode_picture(picture, kind="PNG", **options):
@@ -5971,10 +5975,12 @@ def bare_network(monkeypatch):
     return net
 
 
-def distances_of_seen(net):
-    """Of two sets of 20 images that a QuickNet has seen: distance_for_tests, and KID by loops."""
+def distances_of_seen(net, images, recon):
+    """Of 20 images and reconstructions that a QuickNet saw: distance_for_tests, KID by loops."""
     features = torch.cat(net.features).double()
-    assert features.shape == (40, 2048)
+    fresh = QuickNet(fc=False)
+    expected = torch.cat([fresh(images)[0], fresh(recon)[0]]).double()
+    torch.testing.assert_close(features, expected, atol=2e-3, rtol=0)
     moments = []
     for x in features.split(20):
         moments += [x.mean(0), torch.cov(x.T)]
@@ -5986,8 +5992,9 @@ def distances_of_seen(net):
 def test_reconstruct_reports_fid_and_kid(finished, bare_network, run_command, tmp_path):
     words = ["--reconstruct", "shapes", "--weights", "bare.pth", "--out", tmp_path / "x.png"]
     result = run_command(sample, finished, *words)
-    assert result.status == 0
-    distance, kid = distances_of_seen(bare_network)
+    assert result.status == 0, result.err
+    images, recon = held_out_and_recon(load_tokenizer(finished))
+    distance, kid = distances_of_seen(bare_network, images, recon)
     assert f"FID {distance:.3f}, KID {kid:.6f}" in result.out
 
 
@@ -6006,13 +6013,9 @@ def test_reconstructions_of_several_runs_stand_side_by_side(finished, run_comman
     assert f"{finished}, 20 held-out images of shapes: PSNR" in first
     assert f"PSNR {read_metrics(finished)['psnr']:.2f} dB" in first
 
-    images, _ = fid.draw_shapes(1000, 16, 1)
-    images = images[::50]  # 20 of them, evenly spaced
-    x = images.float() / 127.5 - 1
-    with torch.no_grad():
-        recon = model.eval().decode(*model.encode(x))
-    recon = ((recon.clamp(-1, 1) + 1) * 127.5).round().numpy()
-    error = ((images.numpy() - recon) ** 2).mean((1, 2, 3))
+    images, recon = held_out_and_recon(model.eval())
+    recon = recon.numpy()
+    error = ((images.numpy().astype(float) - recon) ** 2).mean((1, 2, 3))
     expected = (10 * np.log10(255**2 / error)).mean()
     assert f"{other}, 20 held-out images of shapes: PSNR {expected:.2f} dB" in second
 
@@ -6037,7 +6040,8 @@ def test_training_reports_rfid_and_kid(bare_network, run_command, tmp_path, monk
     assert result.status == 0, result.err
     metrics = read_metrics(out)
     found = metrics["rfid"], metrics["kid"]
-    assert found == pytest.approx(distances_of_seen(bare_network), abs=1e-6)
+    images, recon = held_out_and_recon(load_tokenizer(out))
+    assert found == pytest.approx(distances_of_seen(bare_network, images, recon), abs=1e-6)
 
     result = run_command(train, *FLAGS, *steps, "--out", tmp_path / "other")
     assert result.status == 0

@@ -1469,7 +1469,7 @@ def load_states(path, parts, saved):
     ) as error:
         reason = one_line(error)[:200]
         raise BadInput(
-            f"{path} holds other weights than these settings ask for: {reason}"
+            f"{path} holds other weights than this network, with these settings, has: {reason}"
         ) from None
     for name, tensor in named_tensors(saved):
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -1589,7 +1589,8 @@ def parse_arguments():
         nargs="+",
         choices=[*TAKES, "psnr"],
         metavar="MEASURE",
-        help=f"compute just these of {', '.join(TAKES)}, psnr (default: all but psnr)",
+        help=f"compute just these of {', '.join(TAKES)}, psnr (as with --paired; default: "
+        "all but psnr)",
     )
     parser.add_argument(
         "--size",
@@ -1677,7 +1678,8 @@ def possible_measures(wanted, reference, samples):
 def note_on_numbers(image_sets, wanted):
     """Say of how many images the figures are, and whether they are too few for FID.
 
-    (A file of statistics does not tell.)
+    (A file of statistics does not tell. Those that --skip-bad leaves out are counted, too; a line
+    of its own says how many they are.)
     """
     measured = [each for each in image_sets if each.known.pooled is None]
     for each in measured:

@@ -3813,7 +3813,7 @@ BAD_FID_WORDS = [
     ("A.npz A.npz --weights text.pth", "cannot read"),
     ("A.npz A.npz --weights code.pth", "cannot read"),
     ("A.npz A.npz --weights gone.pth", "cannot read"),
-    ("A.npz A.npz --weights half.pth", "other weights than these settings ask for"),
+    ("A.npz A.npz --weights half.pth", "other weights than this network, with these settings, has"),
     ("A.npz A.npz --paired --skip-bad", "PSNR (--paired) needs every image"),
     ("A.npz A.npz --only psnr --skip-bad", "PSNR (--paired) needs every image"),
     ("A.npz A.npz --only fid fdi", "argument --only: invalid choice: 'fdi'"),
@@ -4551,7 +4551,10 @@ def test_a_run_goes_on_without_the_one_that_it_started_from(
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("--width 32", "tokenizer.pt holds other weights than these settings ask for"),
+        (
+            "--width 32",
+            "tokenizer.pt holds other weights than this network, with these settings, has",
+        ),
         ("--start_from nowhere", "cannot read nowhere/tokenizer.pt"),
     ],
 )

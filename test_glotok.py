@@ -2019,7 +2019,7 @@ def test_fqgans_further_losses_are_of_both_codebooks():
     ],
 )
 def test_what_fqgans_further_losses_move(name, expected):
-    model = GloTok(replace(TINY, semantic="fqgan", teacher="convnet", width=16))
+    model = GloTok(replace(TINY, semantic="fqgan", teacher="convnet"))
     _, losses = model(random_images(), teacher_answer())
     losses[name].backward()
     assert modules_with_gradient(model) == expected
@@ -5892,9 +5892,10 @@ def assert_resume_refuses(run_command, run, message):
     assert after == before
 
 
+# In a process, a warning would be further lines; those that Python hides there are ignored.
 @pytest.mark.filterwarnings(
     "error", "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning"
-)  # in a process, a warning would be further lines
+)
 @pytest.mark.parametrize("file, damage, message", DAMAGES)
 def test_a_damaged_run_is_refused(file, damage, message, copied_run, run_command, few_shapes):
     if file == "config.json":
@@ -6355,11 +6356,17 @@ def printed_evidence(tmp_path_factory):
     return out.getvalue(), folder
 
 
-def test_means_on_the_evidence_page_are_those_of_its_csv(printed_evidence):
-    """Each "mean ± spread" is one row's, or a difference, by seed, that the page's block prints."""
-    values = {}  # (row, measure) -> {seed: value}
+def evidence_values():
+    """assets/evidence.csv -> {(row, measure): {seed: value}}."""
+    values = {}
     for r in csv.DictReader((REPOSITORY / "assets" / "evidence.csv").read_text().splitlines()):
         values.setdefault((r["row"], r["measure"]), {})[r["seed"]] = float(r["value"])
+    return values
+
+
+def test_means_on_the_evidence_page_are_those_of_its_csv(printed_evidence):
+    """Each "mean ± spread" is one row's, or a difference, by seed, that the page's block prints."""
+    values = evidence_values()
     of_rows = []
     for runs in values.values():
         x = list(runs.values())
@@ -6390,9 +6397,7 @@ def test_means_on_the_evidence_page_are_those_of_its_csv(printed_evidence):
 )
 def test_the_tables_of_rivals_are_the_csv_cell_by_cell(section, generator):
     """Each cell under a measure is its own row's, and each "against none" its own difference."""
-    values = {}  # (row, measure) -> [value of seed 0, 1, 2]
-    for r in csv.DictReader((REPOSITORY / "assets" / "evidence.csv").read_text().splitlines()):
-        values.setdefault((r["row"], r["measure"]), []).append(float(r["value"]))
+    values = {key: list(of_seed.values()) for key, of_seed in evidence_values().items()}
     measures = {"PSNR, dB": "psnr", "tokenizer's PSNR, dB": "psnr", "KID": "kid"}
     measures |= {"class found": "accuracy", "semantic codes used": "usage_sem"}
 

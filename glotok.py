@@ -19,20 +19,20 @@ before the decoder.
 
 The map of this file. An equation's number in parentheses stands beside the code that computes it.
 
-     1  configuration                       Config, PRESETS
-     2  quantizer                           (1)
-     3  histogram relation loss             (4)-(7)
-     4  residual module                     the network of (8), (9)
-     5  tokenizer                           GloTok, (8)-(12)
-     6  the whole loss                      (2), (3), (13), and the discriminator's
-     7  generator, section 3.4              XAR
-     8  rivals                              local supervision (FQGAN, VA-VAE), FAR
-     9  appendix: borrowed networks         VQGAN's encoder and decoder, discriminator, LPIPS,
-                                            DINOv2, the offline teacher, k-means
+     1  quantizer                           (1)
+     2  histogram relation loss             (4)-(7); the teacher; the fast form of (6)
+     3  residual module                     the network of (8), (9)
+     4  tokenizer                           GloTok, (8)-(12)
+     5  the whole loss                      (2), (3), (13)
+     6  generator, section 3.4              XAR
+     7  what the paper argues against       local supervision: FQGAN, VA-VAE
+     8  appendix                            VQGAN's encoder, decoder and discriminator, LPIPS,
+                                            DINOv2, the offline teacher; keeping codes in use (ours)
+     9  settings                            Config, PRESETS: `c` in the code before is a Config
 
 "Paper silent" marks what the paper leaves open and we chose. sg[.] is its stop-gradient, .detach().
-This file needs torch alone. Beside it fid.py reads images and measures, sample.py makes pictures,
-train.py trains.
+This file needs torch alone. Beside it train.py trains, sample.py makes pictures and figures, and
+fid.py measures.
 """
 
 import contextlib
@@ -46,426 +46,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # ================================================================================================
-# 1. Configuration
-# ================================================================================================
-
-
-def setting(default, text, low=0, high=1e9):
-    """A field of Config: its default, a line of help, and (numbers only) its permitted range."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
-
-
-# Channels of the features of the networks that can be teachers.
-TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of models, losses and training. The defaults are preset "shapes".
-
-    ValueError if a value has the wrong type, is out of its range, or does not fit another.
-    """
-
-    # data and teacher
-    data: str = setting("shapes", "shapes, cifar10, imagenette, a folder, or an .npz of images")
-    teacher: str = setting("convnet", "convnet, dinov2, sphere, or FILE[:TENSOR] of vectors (n, d)")
-    teacher_centres: int = setting(1024, "k-means centres that stand for its features", 2)
-    teacher_images: int = setting(0, "training images that a teacher network sees; 0: all")
-    teacher_by_class: int = setting(0, "1: VQGAN-LC's centres: image means, class by class", 0, 1)
-    image_size: int = setting(32, "height and width of the images, pixels", 8, 4096)
-
-    # the tokenizer: VQGAN's encoder and decoder; each level after the first halves the picture
-    patch: int = setting(2, "pixels folded into channels, each way, at the start (paper: 1)", 1, 16)
-    channels: int = setting(48, "channels of the first level", 4, 4096)
-    channel_mult: tuple = setting((1, 1), "channels of each level, times `channels`", 1, 64)
-    res_blocks: int = setting(1, "residual blocks a level (the decoder has one more)", 1, 16)
-    z_channels: int = setting(48, "channels of Z, the encoder's output", 1, 8192)
-    adapter_layers: int = setting(0, "transformer layers of an adapter; 0: one linear map", 0, 64)
-    width: int = setting(64, "width of adapters and residual modules", 8, 8192)
-    heads: int = setting(4, "attention heads in adapters and residual modules", 1, 128)
-    codes_sem: int = setting(256, "codes in the semantic codebook; 1: there is none", 1, 2**20)
-    codes_vis: int = setting(768, "codes in the visual codebook", 2, 2**20)
-    code_dim: int = setting(8, "dimension of a code vector", 2, 4096)
-
-    # its losses, eqs. (3) and (13); a weight of 0 switches a loss off
-    beta: float = setting(0.25, "weight of the commitment term in eq. (1)")
-    lambda_recon: float = setting(1.0, "weight of L_R, the squared error")
-    lambda_quantize: float = setting(0.3, "weight of L_Q, eq. (1)")
-    lambda_perceptual: float = setting(0.0, "weight of L_P, LPIPS")
-    lambda_adv: float = setting(0.0, "weight of L_G, the adversarial loss")
-    lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
-    lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01)")
-    lambda_coverage: float = setting(0.1, "weight of coverage, which keeps semantic codes in use")
-    semantic: str = setting("global", "global: L_hist; or a rival's loss: fqgan, vavae; or none")
-    lambda_contrastive: float = setting(0.5, "fqgan: weight of InfoNCE with the teacher")
-    lambda_disentangle: float = setting(0.1, "fqgan: weight of the two codes' squared cosine")
-    lambda_entropy: float = setting(0.03, "fqgan: weight of the entropy that keeps codes in use")
-    lambda_vf: float = setting(0.1, "vavae: weight of the VF loss, times a ratio of gradients")
-    bins: int = setting(40, "bins N of the similarity histogram", 2, 4096)
-    adv_start: int = setting(20000, "step at which the discriminator enters")
-    adv_ramp: int = setting(2000, "steps over which lambda_adv then grows to its full value")
-    adv_adaptive: int = setting(1, "1: VQGAN's adaptive weight of L_G; 0: as FQGAN, plain", 0, 1)
-    disc_channels: int = setting(64, "channels of the discriminator's first layer", 1, 4096)
-    disc_layers: int = setting(3, "strided layers of the discriminator (3: 70x70 patches)", 1, 8)
-    disc_lr: float = setting(5e-4, "learning rate of the discriminator's Adam", 0, 1)
-
-    # the generator
-    generator: str = setting("xar", "xar, on the two latents, or the rival far, on indices")
-    classes: int = setting(6, "number of classes (train.py counts them in the data)", 1, 10**6)
-    cell: int = setting(4, "tokens each way in a cell, xAR's unit of generation", 1, 1024)
-    gen_width: int = setting(96, "width of the generator", 8, 8192)
-    gen_layers: int = setting(5, "transformer blocks of the generator", 1, 200)
-    gen_heads: int = setting(4, "attention heads of the generator", 1, 128)
-    head_layers: int = setting(3, "far: blocks of the head that predicts a position", 1, 64)
-    gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
-    time_shift: float = setting(0.8, "xar trains at t = sigmoid(normal + this) (xAR: 0)", 0, 9)
-    label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
-    latent_residual: int = setting(0, "1: learn the latents after eqs. (11), (12); 0: before", 0, 1)
-    snap: int = setting(
-        0, "1: move generated vectors to the nearest codes, if latent_residual is 0", 0, 1
-    )
-    stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
-    top_k: int = setting(0, "far: sample among the k likeliest codes; 0: among all")
-    guidance: float = setting(3.0, "classifier-free guidance (xar: last cell); 1: none", 0, 100)
-    guidance_first: float = setting(
-        3.0, "xar: guidance of the first cell, never above guidance (xAR: 1)", 0, 100
-    )
-    sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
-    generator_steps: int = setting(4000, "training steps of the generator", 1)
-    gen_batch: int = setting(16, "images a step, over all processes", 1)
-    gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
-    gen_lr_end: float = setting(0.0, "learning rate at the end of gen_cooldown", 0, 1)
-    gen_decay: float = setting(0.02, "AdamW's weight decay, on matrices alone", 0, 10)
-    gen_warmup: int = setting(50, "steps over which the learning rate rises from 0")
-    gen_cooldown: float = setting(0.5, "last share of the steps: half a cosine down", 0, 1)
-    ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
-
-    # training
-    start_from: str = setting("", "a run whose tokenizer's weights to begin with")
-    tokenizer_steps: int = setting(1300, "training steps of the tokenizer", 1)
-    batch_size: int = setting(16, "images a step, over all processes", 1)
-    lr: float = setting(3e-3, "learning rate of Adam", 0, 1)
-    beta1: float = setting(0.9, "Adam's first beta", 0, 0.999999)
-    beta2: float = setting(0.95, "Adam's second beta", 0, 0.999999)
-    warmup: int = setting(20, "steps over which the learning rate rises from 0")
-    cooldown: float = setting(0.4, "last share of the steps: half a cosine down to 0", 0, 1)
-    clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
-    revive_every: int = setting(20, "steps between revivals of unused visual codes; 0: never")
-    flip: int = setting(1, "1: mirror half of the training images", 0, 1)
-    crop: float = setting(1.0, "smallest random crop (tokenizer), share of the short side", 0.1, 1)
-    accumulate: int = setting(1, "micro-batches of a process's batch, to save memory", 1)
-    compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
-    precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
-    eval_images: int = setting(1000, "held-out images that the final figures are taken on", 1)
-    save_every: int = setting(200, "steps between checkpoints", 1)
-    seed: int = setting(0, "seed of weights, data order and built-in data", 0, 2**31)
-
-    @property
-    def downsampling(self):
-        """Pixels that a token covers in each direction."""
-        return self.patch * 2 ** (len(self.channel_mult) - 1)
-
-    @property
-    def grid_size(self):
-        """Tokens in each direction."""
-        return self.image_size // self.downsampling
-
-    def __post_init__(self):
-        for f in fields(self):
-            check_field(f, getattr(self, f.name))
-        if self.image_size % self.downsampling:
-            raise ValueError(
-                f"image_size is {self.image_size}: {len(self.channel_mult)} levels of patch "
-                f"{self.patch} need a multiple of {self.downsampling}"
-            )
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}: it must be a multiple of heads, {self.heads}")
-        if self.grid_size % self.cell:
-            raise ValueError(
-                f"cell is {self.cell}: it must divide the grid of {self.grid_size} tokens"
-            )
-        # disc_layers convolutions halve the picture, two more take a pixel off each
-        if self.lambda_adv and self.image_size // 2**self.disc_layers < 3:
-            raise ValueError(
-                f"image_size is {self.image_size}: a discriminator of {self.disc_layers} layers "
-                f"takes at least {3 * 2**self.disc_layers}"
-            )
-        if self.lambda_perceptual and self.image_size < 16:
-            raise ValueError(f"image_size is {self.image_size}: LPIPS takes at least 16")
-        if self.gen_width % (4 * self.gen_heads):
-            raise ValueError(
-                f"gen_width is {self.gen_width}: it must be a multiple of 4 gen_heads, "
-                f"for 2-D rotary positions"
-            )
-        if self.semantic not in ("global", "fqgan", "vavae", "none"):
-            raise ValueError(
-                f"semantic is {self.semantic!r}: it must be global, fqgan, vavae or none"
-            )
-        if self.semantic in ("fqgan", "vavae"):
-            if self.teacher not in TEACHER_WIDTH:
-                raise ValueError(
-                    f"semantic {self.semantic} imitates a network: --teacher convnet or dinov2"
-                )
-            if self.codes_sem == 1:
-                raise ValueError(f"codes_sem is 1: semantic {self.semantic} has nothing to teach")
-        if self.gen_lr_end > self.gen_lr:
-            raise ValueError(
-                f"gen_lr_end is {self.gen_lr_end}: it must not exceed gen_lr, {self.gen_lr}"
-            )
-        if self.generator not in ("xar", "far"):
-            raise ValueError(f"generator is {self.generator!r}: it must be xar or far")
-        if self.precision not in ("auto", "bf16", "float32"):
-            raise ValueError(f"precision is {self.precision!r}: it must be auto, bf16 or float32")
-
-
-def check_field(f, value):
-    """ValueError unless value has the type and lies in the range of the Config field f."""
-    kind = type(f.default)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or value == ():
-        raise ValueError(f"{f.name} is {value!r}: it must be of type {kind.__name__}")
-    if kind is str:
-        return
-    low, high = f.metadata["low"], f.metadata["high"]
-    for number in value if kind is tuple else [value]:
-        if kind is tuple and not isinstance(number, int):
-            raise ValueError(f"{f.name} is {value!r}: it must hold whole numbers")
-        if not low <= number <= high:  # NaN fails every comparison
-            raise ValueError(f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
-
-
-SHAPES = Config()
-
-CIFAR10 = Config(
-    data="cifar10",
-    teacher_centres=2048,
-    # tokenizer: 8 x 8 tokens
-    patch=1,
-    channels=32,
-    channel_mult=(1, 2, 4),
-    res_blocks=2,
-    z_channels=128,
-    width=128,
-    codes_sem=512,
-    codes_vis=1536,
-    lambda_hist=0.01,
-    lambda_adv=0.1,
-    adv_start=15000,
-    disc_layers=2,
-    tokenizer_steps=20000,
-    batch_size=128,
-    lr=1e-3,
-    warmup=100,
-    eval_images=10000,
-    save_every=500,
-    # generator
-    classes=10,
-    gen_width=384,
-    gen_layers=8,
-    gen_heads=6,
-    time_shift=0.0,
-    gen_dropout=0.1,
-    generator_steps=40000,
-    gen_batch=256,
-    gen_lr=5e-4,
-    gen_warmup=1000,
-    gen_cooldown=0.25,
-    ema=0.9995,
-    guidance=5.0,
-    guidance_first=1.0,
-    sampling_steps=40,
-)
-
-CIFAR10_SMALL = replace(
-    CIFAR10,
-    patch=2,
-    channel_mult=(1, 2),
-    res_blocks=1,
-    z_channels=64,
-    width=64,
-    lambda_hist=0.3,
-    lambda_adv=0.0,
-    tokenizer_steps=500,
-    batch_size=32,
-    lr=2e-3,
-    eval_images=2000,
-    save_every=200,
-    gen_width=128,
-    gen_layers=6,
-    gen_heads=4,
-    gen_dropout=0.0,
-    generator_steps=3000,
-    gen_batch=32,
-    gen_lr=2e-3,
-    gen_warmup=100,
-    gen_cooldown=0.5,
-    ema=0.995,
-    guidance=3.0,
-    sampling_steps=10,
-)
-
-IMAGENETTE_SMALL = replace(  # 64x64, 16 x 16 tokens
-    CIFAR10_SMALL,
-    data="imagenette",
-    image_size=64,
-    teacher_centres=1024,
-    lambda_hist=0.1,
-    tokenizer_steps=1600,
-    batch_size=16,
-    eval_images=3925,
-    cell=8,
-    gen_batch=16,
-)
-
-IMAGENETTE = Config(  # 128x128, 16 x 16 tokens, every loss of eq. (3)
-    data="imagenette",
-    teacher="dinov2",
-    teacher_centres=2048,
-    image_size=128,
-    # tokenizer
-    patch=1,
-    channels=64,
-    channel_mult=(1, 1, 2, 4),
-    res_blocks=2,
-    z_channels=256,
-    width=256,
-    heads=8,
-    codes_sem=1024,
-    codes_vis=3072,
-    lambda_quantize=1.0,
-    lambda_hist=0.01,
-    lambda_perceptual=1.0,
-    lambda_adv=0.5,
-    adv_adaptive=0,
-    adv_start=10000,
-    tokenizer_steps=40000,
-    batch_size=64,
-    lr=3e-4,
-    disc_lr=3e-4,
-    warmup=500,
-    crop=0.8,
-    eval_images=3925,
-    save_every=500,
-    # generator
-    classes=10,
-    cell=8,
-    gen_width=512,
-    gen_layers=12,
-    gen_heads=8,
-    time_shift=0.0,
-    gen_dropout=0.1,
-    generator_steps=60000,
-    gen_batch=128,
-    gen_lr=3e-4,
-    gen_warmup=1000,
-    gen_cooldown=0.25,
-    ema=0.9995,
-    stochastic=1,
-    guidance=2.7,
-    guidance_first=1.0,
-    sampling_steps=40,
-)
-
-# From section 4.1 and, where that is silent, from the code that the paper builds on. Ours are
-# teacher_centres, lambda_coverage, revive_every and adv_ramp.
-IMAGENET256 = Config(
-    data="imagenet",
-    teacher="dinov2",
-    teacher_centres=4096,  # 4 a class, so 4,000
-    teacher_by_class=1,  # section 3.3: as VQGAN-LC
-    image_size=256,
-    patch=1,
-    channels=128,
-    channel_mult=(1, 1, 2, 2, 4),
-    res_blocks=2,
-    z_channels=256,
-    adapter_layers=6,
-    width=512,
-    heads=8,
-    codes_sem=4096,
-    codes_vis=12288,
-    lambda_quantize=1.0,
-    lambda_hist=0.01,
-    lambda_coverage=0.1,
-    lambda_perceptual=1.0,
-    lambda_adv=0.5,
-    adv_ramp=2000,
-    adv_adaptive=0,
-    tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
-    batch_size=240,
-    lr=2e-4,
-    disc_lr=2e-4,
-    warmup=0,
-    cooldown=0.0,
-    revive_every=20,
-    crop=0.8,
-    eval_images=50000,
-    save_every=2000,
-    # xAR-B as released. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
-    # sampling_steps 50.)
-    classes=1000,
-    cell=8,
-    gen_width=768,
-    gen_layers=16,
-    gen_heads=12,
-    time_shift=0.0,
-    gen_dropout=0.1,
-    generator_steps=500456,  # 800 epochs of 1,281,167 images, 2,048 a step
-    gen_batch=2048,
-    gen_lr=4e-4,  # 5e-5 x 2048 / 256
-    gen_lr_end=1e-5,
-    gen_warmup=62557,  # 100 epochs
-    gen_cooldown=0.25,  # the last 200 epochs
-    ema=0.9999,
-    stochastic=1,
-    guidance=2.7,
-    guidance_first=1.0,
-    sampling_steps=40,
-)
-
-IMAGENET256_2X = replace(
-    IMAGENET256,
-    teacher_centres=16384,  # 16 a class, so 16,000
-    codes_sem=16384,
-    codes_vis=16384,
-)
-
-# FAR-B's sizes and, but for Adam's second beta and the moving average (xAR's), its training as
-# released; README lists these and where our blocks differ. (L: gen_width 1280, gen_layers 36,
-# gen_heads 20, head_layers 4.) Table 2 gives 415 M parameters in all rows of FAR-B.
-# That fits two codebooks of 16,384, FQGAN's and GloTok(2x)'s: ours are 410 M, and would be 377 M
-# with 4,096 and 12,288 codes.
-IMAGENET256_FAR = replace(
-    IMAGENET256_2X,
-    generator="far",
-    gen_width=1024,
-    gen_layers=24,
-    gen_heads=16,
-    head_layers=3,
-    generator_steps=1000912,  # 200 epochs of 1,281,167 images, 256 a step
-    gen_batch=256,
-    gen_lr=1e-4,
-    gen_lr_end=0.0,
-    gen_decay=0.05,
-    gen_warmup=0,
-    gen_cooldown=0.0,
-    guidance=2.0,
-)
-
-PRESETS = {
-    "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
-    "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
-    "imagenette-small": IMAGENETTE_SMALL,  # 64x64 photographs, a CPU
-    "imagenette": IMAGENETTE,  # 128x128 photographs, one GPU
-    "cifar10": CIFAR10,  # 32x32 photographs, one GPU
-    "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
-    "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
-    "imagenet256-far": IMAGENET256_FAR,  # GloTok(2x) with FAR-B, table 2
-}
-
-
-# ================================================================================================
-# 2. Quantizer (1)
+# 1. Quantizer (1)
 # ================================================================================================
 # A quantizer replaces each feature by the nearest vector of a learned codebook C (n, d). Paper
 # silent on the metric: as FQGAN, we put features and codes on the unit sphere, where the nearest
@@ -481,21 +62,6 @@ PRESETS = {
 # beta < 1 because the codebook should do most of the walking. (A widely copied bug has beta on the
 # first term.) The decoder's gradient crosses the gap unchanged, "straight through": the value is
 # Zhat, the gradient goes to Z as if quantization were the identity.
-#
-# Unused codes. Only chosen codes get a gradient from (1). On small data most are never chosen: in
-# C_vis they would stay where they began; in C_sem the histogram loss (7) moves them, but nothing
-# brings features to them. For C_vis `revive` does the usual, and puts unused codes onto features.
-# For C_sem that would undo (7), whose business it is to say where the codes lie (section 3), so the
-# features come to the codes instead. Coverage is commitment's mirror image: as each feature wants a
-# code near it, each unused code wants a feature near it,
-#
-#     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2 / d,
-#
-# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. The batch is what one
-# process sees at once. If that has few more features than there are codes, some codes are unused by
-# chance however evenly they are used, and the pull never quite ends.
-#
-# NOT in the paper, which names no remedy: revive_every 0 and lambda_coverage 0 switch them off.
 
 
 @contextlib.contextmanager
@@ -540,9 +106,10 @@ class Quantizer(nn.Module):
         self.beta = beta
         # The codebook before normalisation: Adam moves it freely, `codebook` puts it on the sphere.
         self.weight = nn.Parameter(F.normalize(torch.randn(n, d), dim=1))
-        # How often each code was chosen since train.py last set this to 0: for `revive`, the log.
-        self.register_buffer("usage_count", torch.zeros(n))
-        self.last_features = None  # of the last training batch, for `revive`
+        # Training images since each code was last chosen (at first: long ago), and the features of
+        # the last batch. For `revive` (section 8) and the log.
+        self.register_buffer("age", torch.full((n,), 2**40))
+        self.last_features = None
 
     @property
     def codebook(self):
@@ -568,43 +135,14 @@ class Quantizer(nn.Module):
             commitment_loss = F.mse_loss(z, codes.detach())
             loss = codebook_loss + self.beta * commitment_loss  # (1)
         if self.training:
-            self.usage_count += torch.bincount(index.flatten(), minlength=len(self.usage_count))
+            self.age += len(z)
+            self.age.index_fill_(0, index.flatten(), 0)
             self.last_features = z.detach().flatten(0, 1)
         return z, codes, index, loss
 
-    def coverage_loss(self, z, index):
-        """Unit features z (B, T, d), their indices (B, T) -> L_coverage, averaged over elements.
-
-        It moves the features alone.
-        """
-        z = z.flatten(0, 1)  # (B * T, d)
-        codes = self.codebook.detach()  # (n, d)
-        unused = torch.ones(len(codes), device=z.device)
-        unused[index.flatten()] = 0
-        pulled = z[nearest(codes, z)]  # (n, d)
-        distance = (pulled - codes).square().mean(1)  # (n,)
-        return (unused * distance).mean()
-
-    @torch.no_grad()
-    def revive(self):
-        """Move codes used less than 5 % of the average onto random features of the last batch.
-
-        Several processes all do what process 0 does.
-        """
-        n = len(self.usage_count)
-        features = self.last_features
-        chosen = torch.randint(len(features), (n,), device=features.device)
-        replacement = features[chosen]  # (n, d)
-        count = self.usage_count.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count)
-            torch.distributed.broadcast(replacement, 0)
-        rare = count < 0.05 * count.mean()  # (n,)
-        self.weight.copy_(torch.where(rare[:, None], replacement, self.weight))
-
 
 # ================================================================================================
-# 3. Histogram relation loss (4)-(7)
+# 2. Histogram relation loss (4)-(7)
 # ================================================================================================
 # How do the vectors of a codebook lie to one another? Take all pairwise cosines, each code with
 # itself included,
@@ -654,8 +192,10 @@ def bin_centres(bins, like):
 def relation_histogram_direct(codes, bins=40, alpha=None):
     """Eqs. (4)-(6) as printed: codes (n, d) float -> P (bins,), sum 1. alpha: default_alpha.
 
-    The reference. Its tensors hold n (n + 1) / 2 * bins numbers: 21 GB each at n = 16,384.
+    The reference. Its tensors hold n (n + 1) / 2 * bins numbers: 21 GB each at n = 16,384, and
+    `relation_histogram`, below, is what training calls.
     """
+    check_tensor("codes", codes, (None, None))
     alpha = default_alpha(bins) if alpha is None else alpha
     t = F.normalize(codes, dim=1)
     i, j = torch.triu_indices(len(t), len(t), device=t.device)
@@ -665,97 +205,21 @@ def relation_histogram_direct(codes, bins=40, alpha=None):
     return p / p.sum()  # (6)  P
 
 
-# The same without N exponentials a pair. All M similarities act on the loss through N numbers, and
-# the loss acts back on each of them by one scalar:
-#
-#     dL/dx = sum_k (dL/dp_k) f_k'(x) = g(x),     f_k(x) = exp(-alpha (x - B_k)^2),
-#
-# a force that depends on x alone. So f_k and f_k' are tabulated once, at TABLE + 1 evenly spaced
-# points of [-1, 1].
-#
-#   Forward:  count the similarities nearest to each point; p_k = sum over points of count * f_k.
-#   Backward: tabulate g; let every pair look its force up. x_ij = t_i . t_j moves t_i along t_j
-#             and t_j along t_i, so dL/dt_i = sum_j g(x_ij) t_j, a matrix product.
-#
-# Both run over bands of rows, and the (n, n) matrix never stands in memory. Moving x to the nearest
-# point, by 1 / TABLE at most, changes its weight in (6) by at most max |f'| / TABLE =
-# sqrt(2 alpha / e) / TABLE = 1.3e-4, against a peak weight of 1, and its force by at most
-# max |f''| / TABLE = 2 alpha / TABLE = 6e-3 for each unit of dL/dp_k, against a largest |f'| of 17.
-# Averaged over many pairs both are far less, as signs cancel.
+def check_tensor(name, x, shape, integers=False):
+    """ValueError, in one line, unless x is a tensor of floats, or integers, of this shape.
 
-TABLE = 2**17
-TILE = 2**20  # similarities at once
-
-
-@functools.lru_cache(4)
-def kernel_tables(bins, alpha, device):
-    """f_k and f_k' of all bins at the TABLE + 1 points, (bins, TABLE + 1) each."""
-    points = torch.linspace(-1, 1, TABLE + 1, device=device)
-    offset = points - bin_centres(bins, points)[:, None]
-    f = torch.exp(-alpha * offset**2)
-    return f, -2 * alpha * offset * f
-
-
-def similarity_tiles(t):
-    """The similarities (4) of unit vectors t (n, d), a band of rows at a time.
-
-    Yields a, b, and the points of the table nearest to the similarities of t[a:b] with t[a:], int
-    (b - a, n - a). The first b - a columns are a full square, t[a:b] with itself: it holds each
-    pair i < j twice, and i = j once.
+    None in `shape` is any size but 0. Called where a user hands a tensor over.
     """
-    rows = max(1, TILE // len(t))
-    half = TABLE / 2
-    for a in range(0, len(t), rows):
-        b = min(a + rows, len(t))
-        # point = round((x + 1) TABLE / 2): a scaled product, 0.5 for rounding, then truncation
-        position = torch.addmm(t.new_full((1,), half + 0.5), t[a:b] * half, t[a:].T)
-        yield a, b, position.int()
-
-
-class SmoothedHistogram(torch.autograd.Function):
-    """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
-
-    @staticmethod
-    def forward(ctx, t, bins, alpha):
-        f, ctx.slope = kernel_tables(bins, alpha, t.device)
-        ctx.save_for_backward(t)
-        count = torch.zeros(TABLE + 1, dtype=torch.int64, device=t.device)
-        squares = []
-        for a, b, point in similarity_tiles(t.nan_to_num()):  # NaN is no index
-            count += torch.bincount(point.flatten(), minlength=TABLE + 1)
-            squares.append(point[:, : b - a].flatten())
-        # `count` has a pair i < j twice if it lies in a square, else once; i = j once. The squares'
-        # own count is taken from twice that: then every pair i < j is there twice, and i = j once.
-        # i = j has the similarity 1, so n more at the last point make it twice, too.
-        count = 2 * count - torch.bincount(torch.cat(squares), minlength=TABLE + 1)
-        count[TABLE] += len(t)
-        return f @ (count / 2) + 0 * t.sum()  # (4), (6)  the last term passes NaN on
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (t,) = ctx.saved_tensors
-        out = torch.zeros_like(t)
-        with full_precision(t.device):
-            force = grad.float() @ ctx.slope  # g at every point of the table
-            for a, b, point in similarity_tiles(t.nan_to_num()):
-                g = force.index_select(0, point.flatten()).view(point.shape)  # (b - a, n - a)
-                out[a:b] += g @ t[a:]
-                out[b:] += g[:, b - a :].T @ t[a:b]
-        # t_i . t_i moves t_i by 2 t_i, of which only one is added here. It does not matter: that
-        # force is along t_i, and the normalisation that made t_i a unit vector removes it.
-        return out, None, None
-
-
-def relation_histogram(codes, bins=40, alpha=None):
-    """Eqs. (4)-(6), fast: codes (n, d) float -> P (bins,) float32, sum 1. alpha: default_alpha.
-
-    Differentiable once. float32 under autocast, too.
-    """
-    alpha = default_alpha(bins) if alpha is None else alpha
-    with full_precision(codes.device):
-        p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)  # (4), (6)
-        return p / p.sum()  # (6)  P
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    kind = "int64" if integers else "float"
+    found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+    message = f"{name} must be a tensor of {kind} ({wanted}), not {found}"
+    if not torch.is_tensor(x) or x.dim() != len(shape) or x.numel() == 0:
+        raise ValueError(message)
+    if x.dtype != torch.int64 if integers else not x.is_floating_point():
+        raise ValueError(message)
+    if any(size not in (None, actual) for size, actual in zip(shape, x.shape)):
+        raise ValueError(message)
 
 
 # Eq. (7) is written L_hist = KL(log P_s || sg[P_t]), the way torch's kl_div takes its arguments;
@@ -767,8 +231,7 @@ def relation_histogram(codes, bins=40, alpha=None):
 # leave some out. Paper silent: the reduction. We sum over the bins, which makes it a KL divergence;
 # kl_div's own default is their mean, smaller by a factor of N, so that the paper's weight of 0.01
 # would be 0.00025 here. (Below P_s = 1e-10 we clamp: a bin five or more bins away from every pair
-# of the student costs 23 nats times P_t, but pulls nothing.) P_t is stopped. It is made once,
-# before training: relation_histogram(kmeans(features of the pre-trained model, teacher_centres)).
+# of the student costs 23 nats times P_t, but pulls nothing.)
 
 
 def kl_divergence(p, q):
@@ -780,23 +243,131 @@ def kl_divergence(p, q):
 
 def histogram_relation_loss(codes, teacher):
     """Eq. (7): student codes (n, d), teacher histogram (bins,) with sum 1 -> scalar, in nats."""
+    check_tensor("teacher", teacher, (None,))
     student = relation_histogram(codes, len(teacher))
     return kl_divergence(teacher.detach(), student)  # (7)
+
+
+# ---- The teacher (section 3.3)
+#
+# P_t is made once, before training, and stopped. It summarises a pre-trained model: the features
+# of all training images are clustered by k-means, and the histogram of the centres' similarities is
+# all that training ever sees of the model. (The paper's other teacher, the semantic codebook of an
+# already trained tokenizer, needs no clustering: relation_histogram(codebook).)
+#
+# Paper silent on k-means; (7) inherits what we choose. Lloyd's iterations end in the nearest of
+# many local minima, so the start decides. k-means++ (Arthur and Vassilvitskii 2007) takes points
+# as first centres, each with probability proportional to its squared distance from the nearest so
+# far. Greedy k-means++ draws 2 + ln k candidates for each and takes the one that lowers the sum of
+# these distances most. Without that choice the sum ends 1 to 8 % higher at 1,024 centres, and the
+# teacher's histogram differs by 40 times as much as two seeds do.
+
+
+def kmeans(x, k, iterations=20):
+    """Centres (k, d) of points x (n, d) float: Lloyd's iterations from a greedy k-means++ start.
+
+    A centre that loses all its points stays where it is. Draws from the global random generator.
+    ValueError if n < k.
+    """
+    check_tensor("x", x, (None, None))
+    if len(x) < k:
+        raise ValueError(f"k-means cannot place {k} centres among {len(x)} points")
+    x = x.float()
+    x_squared = x.square().sum(1)  # (n,)
+    with full_precision(x.device):
+        centres = kmeans_start(x, x_squared, k)
+        for _ in range(iterations):
+            chunks = x.split(max(1, 2**24 // k))  # at most 2^24 distances in memory
+            # ||x - c||^2 = ||x||^2 - (2 x.c - ||c||^2): the nearest has the largest bracket
+            squared = centres.square().sum(1)
+            closest = torch.cat([(2 * chunk @ centres.T - squared).argmax(1) for chunk in chunks])
+            count = torch.bincount(closest, minlength=k)
+            total = torch.zeros_like(centres).index_add_(0, closest, x)
+            mean = total / count.clamp(min=1)[:, None]
+            centres = torch.where(count[:, None] > 0, mean, centres)
+    return centres
+
+
+def kmeans_start(x, x_squared, k):
+    """k of the points x (n, d), chosen by greedy k-means++; x_squared (n,): their squared norms."""
+    centres = x.new_empty(k, x.shape[1])
+    distance = torch.ones_like(x_squared)  # to the nearest centre so far, squared; at first alike
+    for i in range(k):
+        candidates = 1 if i == 0 else 2 + int(math.log(k))
+        weight = distance if distance.max() > 0 else torch.ones_like(distance)
+        cumulative = weight.double().cumsum(0)
+        target = torch.rand(candidates).double().to(x.device) * cumulative[-1]
+        chosen = torch.searchsorted(cumulative, target).clamp(max=len(x) - 1)  # (candidates,)
+        to_chosen = x_squared[:, None] - 2 * x @ x[chosen].T + x_squared[chosen]  # (n, candidates)
+        if i == 0:
+            distance = to_chosen[:, 0].clamp_min(0)
+            centres[0] = x[chosen[0]]
+            continue
+        lowered = torch.minimum(distance[:, None], to_chosen.clamp_min(0))
+        best = lowered.sum(0).argmin()
+        distance = lowered[:, best]
+        centres[i] = x[chosen[best]]
+    return centres
+
+
+# Clustering more vectors than this for each centre takes longer and changes nothing.
+MOST_PER_CENTRE = 256
+
+
+def teacher_centres(features, k, labels=None):
+    """Features (n, d) of a pre-trained model -> k centres, or fewer of few features, (k, d).
+
+    If labels int64 (n,) are given, as VQGAN-LC has it: each class is clustered for itself, k //
+    classes centres each (at least one), and the centres are stacked. Draws from the global random
+    generator.
+    """
+    check_tensor("features", features, (None, None))
+    if labels is not None:
+        classes = labels.unique()
+        share = max(1, k // len(classes))
+        return torch.cat([teacher_centres(features[labels == label], share) for label in classes])
+    if len(features) > MOST_PER_CENTRE * k:
+        some = torch.randperm(len(features))[: MOST_PER_CENTRE * k]
+        features = features[some.to(features.device)]
+    return kmeans(features, min(k, len(features)))
+
+
+def teacher_histogram(features, k, bins=40):
+    """Features (n, d) of a pre-trained model -> P_t (bins,), the relations of their k centres."""
+    return relation_histogram(teacher_centres(features, k), bins)
+
+
+def sphere_histogram(dim, bins=40, alpha=None):
+    """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of R^dim.
+
+    As a teacher it asks for uniform spread and needs no network: a control that the paper lacks. It
+    has no diagonal (i = j), which the student's histogram has.
+
+    The cosine x between a fixed and a uniform unit vector has the density (1 - x^2)^((dim - 3) / 2)
+    up to a constant. With x = cos(theta) that is sin(theta)^(dim - 2) d(theta), smooth for every
+    dim >= 2, and eq. (6) is its integral against each Gaussian (midpoint rule).
+    """
+    alpha = default_alpha(bins) if alpha is None else alpha
+    theta = (torch.arange(4096, dtype=torch.float64) + 0.5) * math.pi / 4096
+    f = torch.exp(-alpha * (theta.cos() - bin_centres(bins, theta)[:, None]) ** 2)
+    p = f @ theta.sin() ** (dim - 2)
+    return (p / p.sum()).float()
 
 
 # What can a codebook of dimension d imitate? With T (n, d) the matrix of its unit vectors, the
 # mean square of all n^2 cosines is ||T T^T||_F^2 / n^2 = ||T^T T||_F^2 / n^2: the sum of the
 # squares of the d eigenvalues of T^T T, over n^2. They sum to n, so it is at least 1/d (the Welch
 # bound): in few dimensions codes cannot all be near-orthogonal. A teacher whose mean squared cosine
-# lies below 1/d (1/8 here) keeps the KL above zero whatever we do. (Up to terms of 1/n: the bound
-# is about all n^2 pairs, while (4) counts each pair once and so weighs the diagonal double.) The
-# mean cosine, |mean of T|^2, is free in [0, 1]. train.py prints both moments of the teacher. They
-# only hint at how well it can be imitated, so histogram_floor measures it: the KL that as many code
-# vectors reach if (7) is their only loss.
+# lies below 1/d (1/8 here) keeps the KL above zero whatever we do. The mean cosine, |mean of T|^2,
+# may be anything from 0 to the root of the mean square, for no mean exceeds the root mean square.
+# (Up to terms of 1/n: the bound is about all n^2 pairs, while (4) counts each pair once and so
+# weighs the diagonal double.) train.py prints both moments of the teacher. They only hint at how
+# well it can be imitated, so `histogram_floor` measures it: the KL that as many code vectors reach
+# if (7) is their only loss.
 
 
 def cosine_moments(vectors):
-    """Mean and mean square of all n^2 cosines of vectors (n, d), without forming them."""
+    """Mean and mean square of all n^2 cosines of vectors (n, d), two floats."""
     t = F.normalize(vectors.double(), dim=1)
     mean = t.mean(0).square().sum()
     mean_square = (t.T @ t).square().sum() / len(t) ** 2
@@ -823,21 +394,102 @@ def histogram_floor(teacher, n, d, steps=300):
     return max(0.0, lowest)  # clamping and rounding can end a hair below 0
 
 
-def sphere_histogram(dim, bins=40, alpha=None):
-    """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of R^dim.
+# ---- The fast form of (6)
+#
+# The same without N exponentials a pair. All M similarities act on the loss through N numbers, and
+# the loss acts back on each of them by one scalar:
+#
+#     dL/dx = sum_k (dL/dp_k) f_k'(x) = g(x),     f_k(x) = exp(-alpha (x - B_k)^2),
+#
+# a force that depends on x alone. So f_k and f_k' are tabulated once, at TABLE + 1 evenly spaced
+# points of [-1, 1].
+#
+#   Forward:  count the similarities nearest to each point; p_k = sum over points of count * f_k.
+#   Backward: tabulate g; let every pair look its force up. x_ij = t_i . t_j moves t_i along t_j
+#             and t_j along t_i, so dL/dt_i = sum_j g(x_ij) t_j, a matrix product.
+#
+# Both run over bands of rows, and the (n, n) matrix never stands in memory. Moving x to the nearest
+# point, by 1 / TABLE at most, changes its weight in (6) by at most max |f'| / TABLE =
+# sqrt(2 alpha / e) / TABLE = 1.3e-4, against a peak weight of 1, and its force by at most
+# max |f''| / TABLE = 2 alpha / TABLE = 6e-3 for each unit of dL/dp_k, against a largest |f'| of 17.
+# Averaged over many pairs both are far less, as signs cancel.
 
-    As a teacher it asks for uniform spread and needs no network. It has no diagonal (i = j), which
-    the student's histogram has.
+TABLE = 2**17
+BAND = {"cpu": 2**20, "cuda": 2**24}  # similarities at once: few fit a cache, many fill a GPU
 
-    The cosine x between a fixed and a uniform unit vector has the density (1 - x^2)^((dim - 3) / 2)
-    up to a constant. With x = cos(theta) that is sin(theta)^(dim - 2) d(theta), smooth for every
-    dim >= 2, and eq. (6) is its integral against each Gaussian (midpoint rule).
+
+@functools.lru_cache(4)
+def kernel_tables(bins, alpha, device):
+    """f_k and f_k' of all bins at the TABLE + 1 points, (bins, TABLE + 1) each."""
+    points = torch.linspace(-1, 1, TABLE + 1, device=device)
+    offset = points - bin_centres(bins, points)[:, None]
+    f = torch.exp(-alpha * offset**2)
+    return f, -2 * alpha * offset * f
+
+
+def similarity_bands(t):
+    """The cosines of all n^2 pairs of unit vectors t (n, d), a band of rows at a time.
+
+    Yields a, b, and the points of the table nearest to the similarities of t[a:b] with t, int
+    (b - a, n).
     """
+    rows = max(1, BAND[t.device.type] // len(t))
+    half = TABLE / 2
+    for a in range(0, len(t), rows):
+        b = min(a + rows, len(t))
+        # point = round((x + 1) TABLE / 2): a scaled product, 0.5 for rounding, then truncation
+        position = torch.addmm(t.new_full((1,), half + 0.5), t[a:b] * half, t.T)
+        yield a, b, position.int()
+
+
+class SmoothedHistogram(torch.autograd.Function):
+    """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
+
+    @staticmethod
+    def forward(ctx, t, bins, alpha):
+        f, ctx.slope = kernel_tables(bins, alpha, t.device)
+        ctx.save_for_backward(t)
+        count = torch.zeros(TABLE + 1, dtype=torch.int64, device=t.device)
+        for _, _, point in similarity_bands(t.nan_to_num()):  # NaN is no index
+            add_counts(count, point.flatten())
+        # The square holds a pair i < j twice, and i = j, whose similarity is 1, once. With n more
+        # at the last point (4) is there exactly twice.
+        count[TABLE] += len(t)
+        return f @ (count / 2) + 0 * t.sum()  # (4), (6)  the last term passes NaN on
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (t,) = ctx.saved_tensors
+        out = torch.empty_like(t)
+        with full_precision(t.device):
+            force = grad.float() @ ctx.slope  # g at every point of the table
+            for a, b, point in similarity_bands(t.nan_to_num()):
+                g = force.index_select(0, point.flatten()).view(point.shape)  # (b - a, n)
+                out[a:b] = g @ t
+        # The sum has g(1) t_i for the pair of t_i with itself. It does not matter: that force is
+        # along t_i, and the normalisation that made t_i a unit vector removes it.
+        return out, None, None
+
+
+def add_counts(count, point):
+    """Add to count (TABLE + 1,) int64 how often each point of the table stands in point (m,)."""
+    if point.is_cuda:  # bincount would make the host wait; float ones would stop counting at 2^24
+        count.index_add_(0, point, torch.ones_like(point, dtype=torch.int64))
+    else:
+        count += torch.bincount(point, minlength=len(count))
+
+
+def relation_histogram(codes, bins=40, alpha=None):
+    """Eqs. (4)-(6), fast: codes (n, d) float -> P (bins,) float32, sum 1. alpha: default_alpha.
+
+    Differentiable once. float32 under autocast, too.
+    """
+    check_tensor("codes", codes, (None, None))
     alpha = default_alpha(bins) if alpha is None else alpha
-    theta = (torch.arange(4096, dtype=torch.float64) + 0.5) * math.pi / 4096
-    f = torch.exp(-alpha * (theta.cos() - bin_centres(bins, theta)[:, None]) ** 2)
-    p = f @ theta.sin() ** (dim - 2)
-    return (p / p.sum()).float()
+    with full_precision(codes.device):
+        p = SmoothedHistogram.apply(F.normalize(codes.float(), dim=1), bins, alpha)  # (4), (6)
+        return p / p.sum()  # (6)  P
 
 
 # Eq. (4) counts every code once, used or not, so (7) can be satisfied by codes that nobody uses.
@@ -853,16 +505,17 @@ def used_histogram(codes, counts, bins=40, alpha=None):
     u = counts.double() / counts.sum() * len(t)
     weight = torch.zeros(TABLE + 1, dtype=torch.float64, device=t.device)
     with full_precision(t.device):
-        for a, b, point in similarity_tiles(t):
-            w = torch.triu(u[a:b, None] * u[a:])  # i <= j
-            weight += torch.bincount(point.flatten(), w.flatten(), minlength=TABLE + 1)
+        for a, b, point in similarity_bands(t):
+            pairs = u[a:b, None] * u  # (b - a, n)
+            weight += torch.bincount(point.flatten(), pairs.flatten(), minlength=TABLE + 1)
+        weight[TABLE] += u.square().sum()  # i = j, as above
         f, _ = kernel_tables(bins, alpha, t.device)
         p = f @ weight.float()
     return p / p.sum()
 
 
 # ================================================================================================
-# 4. The residual module: the idea of (8)-(12), the network of (8) and (9)
+# 3. The residual module: the idea of (8)-(12), the network of (8) and (9)
 # ================================================================================================
 # Quantization error is not noise: a code's neighbours in the grid say much about where in its
 # Voronoi cell a feature lay. One transformer block reads all codes of one kind and predicts the
@@ -886,77 +539,51 @@ def used_histogram(codes, counts, bins=40, alpha=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens (B, T, width)."""
+    """Multi-head self-attention of tokens (B, T, width) -> the same."""
 
-    def __init__(self, width, heads, dropout=0.0):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, rotary=None, mask=None, cache=None, store=False):
-        """The generators also pass:
-
-        rotary  angles (T, width / heads / 2) of their rotary positions;
-        mask    bool (T, S): which of the S keys each of the T queries may see;
-        cache   a list of (keys, values) of earlier tokens, which are attended to as well; with
-                `store` this call's own pair is appended.
-        """
+    def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, heads, width / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
-        if rotary is not None:
-            q = rotate(q, rotary)
-            k = rotate(k, rotary)
-        if cache is not None:
-            own = (k, v)
-            k = torch.cat([keys for keys, _ in cache] + [k], dim=2)
-            v = torch.cat([values for _, values in cache] + [v], dim=2)
-            if store:
-                cache.append(own)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, heads, T, ...)
-        return F.dropout(self.proj(attended.transpose(1, 2).flatten(2)), dropout)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """Tokens (..., width) -> the same: linear, GELU of one half times the other half, linear."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)  # three such matrices cost what two of 4 * width would
+        self.linear_in = nn.Linear(width, 2 * hidden)
+        self.linear_out = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, up = self.linear_in(x).chunk(2, dim=-1)
+        return self.linear_out(F.gelu(gate) * up)
+
+
+def rms_norm(x):
+    """x (..., width) over its root mean square along the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, T, width) -> the same: attention, then a gated MLP.
+    """A pre-norm transformer block, (B, T, width) -> the same: attention, then a gated MLP."""
 
-    Dropout, for the generators, is applied to attention weights and to what either part adds.
-    xAR's blocks are conditional: it cuts the grid into cells (section 7), and a condition (B,
-    cells, width) scales, shifts and gates the tokens of each (AdaLN). Further keywords (rotary,
-    mask, cache, store) are those of Attention.forward.
-    """
-
-    def __init__(self, width, heads, conditional=False, dropout=0.0):
+    def __init__(self, width, heads):
         super().__init__()
-        hidden = int(2 / 3 * 4 * width)  # three such matrices cost what two of 4 * width would
-        self.dropout = dropout
-        self.attention = Attention(width, heads, dropout)
-        self.mlp_in = nn.Linear(width, 2 * hidden)
-        self.mlp_out = nn.Linear(hidden, width)
-        if conditional:
-            self.adaln = nn.Linear(width, 6 * width)
+        self.attention = Attention(width, heads)
+        self.mlp = GatedMLP(width)
 
-    def forward(self, x, condition=None, **attention):
-        width = x.shape[-1:]  # what rms_norm normalises over
-        if condition is None:
-            x = x + self.attention(F.rms_norm(x, width), **attention)
-            return x + self.mlp(F.rms_norm(x, width))
-
-        modulation = self.adaln(F.silu(condition))[:, :, None]  # (B, cells, 1, 6 * width)
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=3)
-        x = x.unflatten(1, (condition.shape[1], -1))  # (B, cells, tokens a cell, width)
-        h = F.rms_norm(x, width) * (1 + scale1) + shift1
-        h = self.attention(h.flatten(1, 2), **attention).view(x.shape)
-        x = x + gate1 * h
-        h = F.rms_norm(x, width) * (1 + scale2) + shift2
-        x = x + gate2 * self.mlp(h)
-        return x.flatten(1, 2)
-
-    def mlp(self, x):
-        gate, up = self.mlp_in(x).chunk(2, dim=-1)
-        return F.dropout(self.mlp_out(F.gelu(gate) * up), self.dropout, self.training)
+    def forward(self, x):
+        x = x + self.attention(rms_norm(x))
+        return x + self.mlp(rms_norm(x))
 
 
 class Transformer(nn.Module):
@@ -975,18 +602,19 @@ class Transformer(nn.Module):
     def forward(self, x):
         x = self.proj_in(x) + self.position  # (B, T, width)
         x = self.blocks(x)
-        return self.proj_out(F.rms_norm(x, x.shape[-1:]))
+        return self.proj_out(rms_norm(x))
 
 
 # ================================================================================================
-# 5. The tokenizer (figure 2)
+# 4. The tokenizer (figure 2)
 # ================================================================================================
 
 
 class GloTok(nn.Module):
     """Images float (B, 3, H, W) in [-1, 1] <-> semantic and visual tokens, int64 (B, h, w) each.
 
-    h = w = config.grid_size. Inside, tokens stand in a row of T = h * w.
+    H = W = config.image_size, h = w = config.grid_size. Inside, tokens stand in a row of T = h * w,
+    and d is config.code_dim.
     """
 
     def __init__(self, config):
@@ -1010,7 +638,7 @@ class GloTok(nn.Module):
             self.semantic_head = nn.Linear(c.code_dim, TEACHER_WIDTH[c.teacher])
 
     def make_adapter(self):
-        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, code_dim).
+        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d).
 
         Paper silent. One linear map, or a transformer of our blocks; in the paper's presets with
         the depth and width of FQGAN's. (FQGAN's read the encoder before its last convolution, which
@@ -1039,7 +667,9 @@ class GloTok(nn.Module):
         return self.quantizer_vis.codebook
 
     def features(self, x):
-        """Images -> Z_sem and Z_vis before normalisation, each (B, T, code_dim)."""
+        """Images -> Z_sem and Z_vis before normalisation, each (B, T, d)."""
+        size = self.config.image_size
+        check_tensor("images", x, (None, 3, size, size))
         z = self.encoder(x).flatten(2).transpose(1, 2)  # (B, T, z_channels)
         # A single semantic code says nothing of the image: its branch must not teach the encoder.
         z_for_sem = z.detach() if self.config.codes_sem == 1 else z
@@ -1053,29 +683,15 @@ class GloTok(nn.Module):
         zres_vis = self.residual_vis(zhat_vis).float()  # (9)
         return zres_sem, zres_vis
 
-    def concatenate(self, sem, vis):
-        """Latents (B, T, d) each -> along channels, (B, 2 * code_dim, h, w)."""
-        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2d, T)
-        side = self.config.grid_size
-        return z.unflatten(2, (side, side))
-
-    def decode_latents(self, sem, vis):
-        """Latents (B, T, d) each, after (11) and (12) -> images, not clipped."""
-        return self.decoder(self.concatenate(sem, vis)).float()
-
-    def decode_vectors(self, zhat_sem, zhat_vis):
-        """Code vectors (B, T, d) each -> images, not clipped."""
-        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
-        return self.decode_latents(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
-
     def forward(self, x, teacher_features=None):
         """Images -> reconstructions, losses. The training pass.
 
         losses is a dict of scalars: "quantize", L_Q of (1), and "residual", L_res of (10), each
-        summed over the two codebooks; "coverage" (section 2); those of the rivals (section 8).
-        teacher_features, for the rivals only: a teacher network's vectors (B, D) and maps (B, D,
-        h', w') of the same images.
+        summed over the two codebooks; "coverage" (section 8); those of section 7, for which
+        teacher_features holds a teacher network's vectors (B, D) and maps (B, D, h', w') of the
+        same images.
         """
+        c = self.config
         f_sem, f_vis = self.features(x)
         z_sem, zhat_sem, index_sem, quantize_sem = self.quantizer_sem(f_sem)
         z_vis, zhat_vis, _, quantize_vis = self.quantizer_vis(f_vis)
@@ -1087,30 +703,27 @@ class GloTok(nn.Module):
             "quantize": quantize_sem + quantize_vis,
             "residual": residual_sem + residual_vis,
         }
-        if self.config.lambda_coverage:
-            losses["coverage"] = self.quantizer_sem.coverage_loss(z_sem, index_sem)
+        if c.lambda_coverage:
+            losses["coverage"] = coverage_loss(z_sem, index_sem, self.codebook_sem)
 
         sem = straight_through(z_sem, zhat_sem)
         vis = straight_through(z_vis, zhat_vis)
-        if self.config.semantic == "fqgan":
-            losses |= self.fqgan_losses(z_sem, z_vis, sem, vis, teacher_features)
-        if self.config.semantic == "vavae":
-            _, maps = teacher_features
-            losses["vf"] = vf_loss(self.semantic_head(sem), maps)
+        if c.semantic == "fqgan":
+            losses["contrastive"] = contrastive_loss(self.semantic_head(sem), teacher_features[0])
+        if c.semantic == "vavae":
+            losses["vf"] = vf_loss(self.semantic_head(sem), teacher_features[1])
         recon = self.decode_latents(sem + zres_sem, vis + zres_vis)  # (12), (11)
         return recon, losses
 
-    def fqgan_losses(self, z_sem, z_vis, sem, vis, teacher_features):
-        """Unit features and straight-through codes, (B, T, d) each -> FQGAN's own losses."""
-        vectors, _ = teacher_features
-        losses = {"contrastive": contrastive_loss(self.semantic_head(sem), vectors)}
-        if self.config.lambda_disentangle:
-            losses["disentangle"] = disentangle_loss(sem, vis)
-        if self.config.lambda_entropy:
-            entropy_sem = entropy_loss(z_sem, self.codebook_sem)
-            entropy_vis = entropy_loss(z_vis, self.codebook_vis)
-            losses["entropy"] = entropy_sem + entropy_vis
-        return losses
+    def decode_latents(self, sem, vis):
+        """Latents (B, T, d) each, after (11) and (12) -> images float32, not clipped."""
+        return self.decoder(self.concatenate(sem, vis)).float()
+
+    def concatenate(self, sem, vis):
+        """Latents (B, T, d) each -> along channels, (B, 2 d, h, w)."""
+        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2 d, T)
+        side = self.config.grid_size
+        return z.unflatten(2, (side, side))
 
     def encode(self, x):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
@@ -1125,32 +738,32 @@ class GloTok(nn.Module):
         return self.decode_vectors(*self.code_vectors(sem, vis))
 
     def code_vectors(self, sem, vis):
-        """Indices (B, h, w) each -> code vectors (B, T, d) each."""
+        """Indices int64 (B, h, w) each -> code vectors (B, T, d) each."""
+        side = self.config.grid_size
+        check_tensor("semantic indices", sem, (None, side, side), integers=True)
+        check_tensor("visual indices", vis, (len(sem), side, side), integers=True)
         zhat_sem = F.embedding(sem.flatten(1), self.codebook_sem)
         zhat_vis = F.embedding(vis.flatten(1), self.codebook_vis)
         return zhat_sem, zhat_vis
 
+    def decode_vectors(self, zhat_sem, zhat_vis):
+        """Code vectors (B, T, d) each -> images, not clipped."""
+        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
+        return self.decode_latents(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
+
     # What the generator learns (section 3.4): the features "obtained after vector quantization",
-    # concatenated along channels. Paper silent: before or after (11) and (12). Before, unless
-    # config.latent_residual.
+    # concatenated along channels. Paper silent: before or after (11) and (12). Before, so that the
+    # residual modules also mend what the generator missed.
 
     def to_latents(self, sem, vis):
-        """Indices (B, h, w) each -> what the generator learns, (B, 2 * code_dim, h, w)."""
-        zhat_sem, zhat_vis = self.code_vectors(sem, vis)  # (B, T, d) each
-        if not self.config.latent_residual:
-            return self.concatenate(zhat_sem, zhat_vis)
-        zres_sem, zres_vis = self.residuals(zhat_sem, zhat_vis)
-        return self.concatenate(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
+        """Indices (B, h, w) each -> what the generator learns, (B, 2 d, h, w)."""
+        return self.concatenate(*self.code_vectors(sem, vis))
 
     def from_latents(self, latents):
-        """Generated latents (B, 2 * code_dim, h, w) -> images, not clipped."""
+        """Generated latents (B, 2 d, h, w) -> images, not clipped."""
+        side = self.config.grid_size
+        check_tensor("latents", latents, (None, 2 * self.config.code_dim, side, side))
         sem, vis = latents.flatten(2).transpose(1, 2).chunk(2, dim=2)  # (B, T, d) each
-        if self.config.latent_residual:
-            return self.decode_latents(sem, vis)
-        if self.config.snap:
-            index_sem = self.quantizer_sem.look_up(F.normalize(sem, dim=2))
-            index_vis = self.quantizer_vis.look_up(F.normalize(vis, dim=2))
-            sem, vis = self.code_vectors(index_sem, index_vis)
         return self.decode_vectors(sem, vis)
 
     @property
@@ -1166,73 +779,64 @@ class GloTok(nn.Module):
 
 
 # ================================================================================================
-# 6. The whole loss (2), (3), (13)
+# 5. The whole loss (2), (3), (13)
 # ================================================================================================
 #     L_R     = ||x - xhat||^2                                                                 (2)
 #     L_VQGAN = l_R L_R + l_Q L_Q + l_P L_P + l_G L_G                                          (3)
 #     L       = L_VQGAN + l_res L_res + l_hist L_hist                                         (13)
 #
-# L_P is LPIPS (section 9). L_G = -mean disc(xhat), with a patch discriminator that is trained at
+# L_P is LPIPS (section 8). L_G = -mean disc(xhat), with a patch discriminator that is trained at
 # the same time to tell x from xhat. Its own loss is the hinge: real patches above 1, fake ones
-# below -1, no credit for more. Paper silent on all weights but l_res and l_hist, and on when the
-# discriminator enters: late, since early, blurred reconstructions are so easily told from true
-# pictures that its answers teach little. It is untrained when it enters, so l_G grows from 0.
+# below -1, no credit for more. Paper silent on all weights but l_res and l_hist (l_R is 1 here),
+# and on when the discriminator enters: late, since early, blurred reconstructions are so easily
+# told from true pictures that its answers teach little. It is untrained when it enters, so l_G then
+# grows from 0.
 #
-# A training step (train.py, train_tokenizer) puts it together:
+# A training step (train.py) puts it together:
 #
 #     recon, losses = model(x)                                      "quantize" (1), "residual" (10)
-#     losses["recon"] = reconstruction_loss(recon, x)                                           (2)
+#     losses["recon"] = F.mse_loss(recon, x)                                                    (2)
 #     losses["hist"] = histogram_relation_loss(model.codebook_sem, teacher)                     (7)
 #     losses["perceptual"] = lpips(recon, x).mean()
 #     losses["adv"] = adversarial_loss(disc, recon)                          from step adv_start on
-#     weights = gradient_weights(config, step, losses, model)               those of "adv" and "vf"
-#     total_loss(config, losses, weights).backward()                                           (13)
+#     total_loss(c, model, losses, ramp).backward()                                            (13)
 
 
-def reconstruction_loss(recon, x):
-    """L_R: reconstructions and images (B, 3, H, W) -> scalar, averaged over elements."""
-    return F.mse_loss(recon, x)  # (2)
+def total_loss(c, model, losses, ramp=1.0):
+    """L of (13) from its terms, a dict of scalars; a term that is not there is 0.
 
-
-def vqgan_loss(c, losses, weights):
-    """L_VQGAN from its terms: "recon", "quantize" and, if they are on, "perceptual", "adv".
-
-    weights is gradient_weights's; weights["adv"] is l_G.
+    ramp: the share of lambda_adv that L_G has by now, a float or a scalar tensor. "coverage" and
+    the losses of section 7 are not in (13), and are added with their own weights.
     """
-    loss = reconstruction_terms(c, losses) + c.lambda_quantize * losses["quantize"]  # (3)
-    if "adv" in losses:
-        loss = loss + weights["adv"] * losses["adv"]  # (3)
-    return loss
+    term = {name: losses.get(name, 0) for name in TERMS}
+    l_r = term["recon"]  # (2)
+    pixels = l_r + c.lambda_perceptual * term["perceptual"]
+    l_g = c.lambda_adv * ramp
+    if c.adv_adaptive and "adv" in losses:
+        l_g = l_g * gradient_ratio(pixels, losses["adv"], model.last_layer)
+    l_vqgan = pixels + c.lambda_quantize * term["quantize"] + l_g * term["adv"]  # (3)
+    loss = l_vqgan + c.lambda_res * term["residual"] + c.lambda_hist * term["hist"]  # (13)
 
-
-def reconstruction_terms(c, losses):
-    """The part of (3) that compares pictures, l_R L_R + l_P L_P."""
-    loss = c.lambda_recon * losses["recon"]  # (3)
-    if "perceptual" in losses:
-        loss = loss + c.lambda_perceptual * losses["perceptual"]  # (3)
-    return loss
-
-
-def total_loss(c, losses, weights):
-    """L from its terms: vqgan_loss's, "residual" and, if it is on, "hist".
-
-    Also, though not in (13), whatever is on of "coverage" and the rivals' losses. weights is
-    gradient_weights's.
-    """
-    loss = vqgan_loss(c, losses, weights) + c.lambda_res * losses["residual"]  # (13)
-    if "hist" in losses:
-        loss = loss + c.lambda_hist * losses["hist"]  # (13)
-    if "coverage" in losses:  # not in (13): section 2
-        loss = loss + c.lambda_coverage * losses["coverage"]
-    if "contrastive" in losses:  # not in (13): the rivals', section 8
-        loss = loss + c.lambda_contrastive * losses["contrastive"]
-    if "disentangle" in losses:
-        loss = loss + c.lambda_disentangle * losses["disentangle"]
-    if "entropy" in losses:
-        loss = loss + c.lambda_entropy * losses["entropy"]
+    loss = loss + c.lambda_coverage * term["coverage"]
+    loss = loss + FQGAN_WEIGHT * term["contrastive"]
     if "vf" in losses:
-        loss = loss + weights["vf"] * losses["vf"]
+        l_vf = VAVAE_WEIGHT * gradient_ratio(pixels, losses["vf"], model.semantic_layer)
+        loss = loss + l_vf * losses["vf"]
     return loss
+
+
+TERMS = ("recon", "perceptual", "quantize", "adv", "residual", "hist", "coverage", "contrastive")
+
+
+def gradient_ratio(loss, other, weight):
+    """||d loss / d weight|| / ||d other / d weight||, a scalar without gradient.
+
+    VQGAN's adaptive weight: it makes the gradient of L_G at the decoder's last layer as large as
+    that of L_R and L_P. As there, 1e-4 is added to the denominator, and the ratio is at most 1e4.
+    """
+    (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (other_grad,) = torch.autograd.grad(other, weight, retain_graph=True)
+    return (grad.norm() / (other_grad.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
 def adversarial_loss(disc, recon):
@@ -1247,60 +851,17 @@ def adversarial_loss(disc, recon):
 
 
 def discriminator_loss(disc, recon, x):
-    """The hinge loss, from reconstructions and images -> scalar. Moves the discriminator alone."""
-    return hinge_loss(disc(x), disc(recon.detach()))
-
-
-def hinge_loss(real, fake):
-    """Logits of the discriminator on real and reconstructed images -> scalar.
+    """The hinge loss, from reconstructions and images -> scalar. Moves the discriminator alone.
 
     (0.5 makes it a mean over the two kinds. FQGAN halves it once more.)
     """
+    real = disc(x)
+    fake = disc(recon.detach())
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def gradient_weights(c, step, losses, model):
-    """The weights of "adv" and "vf", if these are among the losses."""
-    weights = {}
-    if "adv" in losses:
-        weights["adv"] = adversarial_weight(c, step, losses, model.last_layer)
-    if "vf" in losses:
-        weights["vf"] = vf_weight(c, losses, model.semantic_layer)
-    return weights
-
-
-def adversarial_weight(c, step, losses, last_layer):
-    """l_G at a step >= adv_start (steps count from 0): lambda_adv, growing over adv_ramp steps.
-
-    If adv_adaptive is 1, that times VQGAN's factor, which makes the gradient of L_G at the
-    decoder's last layer as large as that of L_R and L_P.
-    """
-    ramp = min(1, (step + 1 - c.adv_start) / max(c.adv_ramp, 1))
-    weight = c.lambda_adv * ramp
-    if c.adv_adaptive:
-        reconstruction = reconstruction_terms(c, losses)
-        weight = weight * gradient_ratio(reconstruction, losses["adv"], last_layer)
-    return weight
-
-
-def vf_weight(c, losses, semantic_layer):
-    """VA-VAE's: lambda_vf ||d (l_R L_R + l_P L_P)|| / ||d L_vf||, gradients at semantic_layer."""
-    reconstruction = reconstruction_terms(c, losses)
-    return c.lambda_vf * gradient_ratio(reconstruction, losses["vf"], semantic_layer)
-
-
-def gradient_ratio(loss, other, weight):
-    """||d loss / d weight|| / ||d other / d weight||, without gradient.
-
-    As in VQGAN, 1e-4 is added to the denominator, and the ratio is at most 1e4.
-    """
-    (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
-    (other_grad,) = torch.autograd.grad(other, weight, retain_graph=True)
-    return (grad.norm() / (other_grad.norm() + 1e-4)).clamp(max=1e4).detach()
-
-
 # ================================================================================================
-# 7. The generator: xAR (section 3.4)
+# 6. The generator: xAR (section 3.4)
 # ================================================================================================
 # Two indices a position, predicted one after the other, double the chances to err, and errors feed
 # on errors. So the paper concatenates the two code vectors of a position (8 + 8 = 16 numbers) and
@@ -1352,32 +913,24 @@ def gradient_ratio(loss, other, weight):
 # picture is, where guidance costs variety; the later ones must fit to them. After a run as short as
 # preset shapes that leaves pictures in which no shape was begun, so its first cell is guided as
 # much as the last (guidance_first).
-
-
+#
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.
-# Turn each pair of channels by an angle proportional to the position, R(m) q and R(n) k: then
+# Turn pairs of channels by angles proportional to the position, R(m) q and R(n) k: then
 # (R(m) q) . (R(n) k) = q . R(n - m) k, for rotations compose and R(m)^T = R(-m). The frequencies
 # fall geometrically from 1 towards 1/10,000, so that near and far offsets both show. In two
 # dimensions half of the pairs turn with the row, half with the column.
 
 
-def rotate(x, angles):
-    """Turn each pair of channels of x (B, heads, T, D) by angles (T, D / 2)."""
-    a, b = x.float().unflatten(3, (-1, 2)).unbind(4)  # (B, heads, T, D / 2) each
-    cos = angles.cos()
-    sin = angles.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=4).flatten(3).to(x.dtype)
-
-
 def rotary_angles(positions, head_width):
-    """(row, column) of each token, (T, 2) float -> angles (T, head_width / 2)."""
+    """(row, column) of each token, float (T, 2) -> angles (T, head_width / 2)."""
     frequencies = 10000 ** (-torch.arange(head_width // 4) / (head_width // 4))
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
-def grid_positions(side):
-    """(row, column) of each token of a grid, row by row: float (side * side, 2)."""
-    return torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+def rotate(x, cos, sin):
+    """Turn the channel pairs (i, D / 2 + i) of x (B, heads, T, D); cos and sin (T, D / 2)."""
+    a, b = x.chunk(2, dim=3)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
 
 
 def timestep_embedding(t, width=256):
@@ -1391,10 +944,66 @@ def timestep_embedding(t, width=256):
     return torch.cat([waves.cos(), waves.sin()], dim=-1)
 
 
-class XAR(nn.Module):
-    """The generator. Latents are float (B, 2 * code_dim, h, w), h = w = config.grid_size.
+class XARBlock(nn.Module):
+    """xAR's block, (B, T, width) -> the same: section 3's, with rotary positions and a condition.
 
-    Inside, they stand cell by cell, (B, cells, tokens a cell, 2 * code_dim).
+    AdaLN: from the condition of each cell come a scale and a shift for what enters attention and
+    MLP, and a gate for what leaves them. Dropout acts on attention weights and on what either adds.
+    """
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.adaln = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = GatedMLP(width)
+
+    def forward(self, x, condition, rotary, mask=None, cache=None):
+        """Tokens x (B, T, width) of some cells, condition (B, cells, width) -> (B, T, width).
+
+        rotary: cos and sin, (T, width / heads / 2) each. mask, in training: bool (T, T), which keys
+        each query may see. cache, in sampling: see `attend`.
+        """
+        modulation = self.adaln(F.silu(condition))[:, :, None]  # (B, cells, 1, 6 * width)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=3)
+        x = x.unflatten(1, (condition.shape[1], -1))  # (B, cells, tokens a cell, width)
+        h = rms_norm(x) * (1 + scale1) + shift1
+        h = self.attend(h.flatten(1, 2), rotary, mask, cache)
+        x = x + gate1 * self.drop(h).view(x.shape)
+        h = rms_norm(x) * (1 + scale2) + shift2
+        x = x + gate2 * self.drop(self.mlp(h))
+        return x.flatten(1, 2)
+
+    def attend(self, x, rotary, mask, cache):
+        """Self-attention of tokens (B, T, width). They also see the earlier tokens in the cache.
+
+        cache: keys and values of the whole grid, (B, heads, all tokens, width / heads) each, and
+        the slice of it where these T tokens stand, which they fill.
+        """
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
+        q = rotate(q, *rotary)
+        k = rotate(k, *rotary)
+        if cache is not None:
+            keys, values, here = cache
+            keys[:, :, here] = k
+            values[:, :, here] = v
+            k = keys[:, :, : here.stop]
+            v = values[:, :, : here.stop]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+
+class XAR(nn.Module):
+    """The generator. Latents are float (B, 2 d, h, w), h = w = config.grid_size, d its code_dim.
+
+    Inside, they stand cell by cell, (B, cells, tokens a cell, 2 d).
     """
 
     def __init__(self, config):
@@ -1402,8 +1011,7 @@ class XAR(nn.Module):
         c = config
         self.config = c
         self.channels = 2 * c.code_dim
-        self.cells_per_side = c.grid_size // c.cell
-        self.cells = self.cells_per_side**2
+        self.cells = (c.grid_size // c.cell) ** 2
         self.tokens_per_cell = c.cell**2
         width = c.gen_width
         self.proj_in = nn.Linear(self.channels, width)
@@ -1413,17 +1021,21 @@ class XAR(nn.Module):
         self.label_embedding = nn.Embedding(c.classes + 1, width)  # the last is "no label"
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
-            Block(width, c.gen_heads, conditional=True, dropout=c.gen_dropout)
-            for _ in range(c.gen_layers)
+            XARBlock(width, c.gen_heads, c.gen_dropout) for _ in range(c.gen_layers)
         )
         self.initialise()
 
-        positions = grid_positions(c.grid_size).T.view(1, 2, c.grid_size, c.grid_size)
-        positions = self.to_cells(positions).view(-1, 2)  # (T, 2), cell by cell
+        # Where the tokens of the cells stand in the grid: cell by cell, row by row inside a cell.
+        grid = torch.arange(c.grid_size**2)
+        rows = c.grid_size // c.cell
+        order = grid.view(rows, c.cell, rows, c.cell).transpose(1, 2).flatten()  # (T,)
+        positions = torch.stack([order // c.grid_size, order % c.grid_size], dim=1).float()
+        angles = rotary_angles(positions, width // c.gen_heads)
         cell_of_token = torch.arange(self.cells).repeat_interleave(self.tokens_per_cell)
         mask = cell_of_token[:, None] >= cell_of_token[None, :]  # itself and the cells before it
-        angles = rotary_angles(positions, width // c.gen_heads)
-        self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         # Paper silent: the scale of the latents. Flow matching wants a deviation near 1, so we
         # divide them by their standard deviation, one number, which train.py sets.
@@ -1440,38 +1052,33 @@ class XAR(nn.Module):
             nn.init.zeros_(block.adaln.weight)
 
     def to_cells(self, z):
-        """(B, C, h, w) -> (B, cells, tokens a cell, C): row by row, inside a cell, too."""
-        cell = self.config.cell
-        z = z.unflatten(3, (-1, cell)).unflatten(2, (-1, cell))  # (B, C, rows, cell, columns, cell)
-        return z.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        """(B, C, h, w) -> (B, cells, tokens a cell, C)."""
+        z = z.flatten(2).index_select(2, self.order)  # (B, C, T)
+        return z.transpose(1, 2).unflatten(1, (self.cells, -1))
 
     def from_cells(self, z):
         """The inverse of to_cells: (B, cells, tokens a cell, C) -> (B, C, h, w)."""
-        z = z.unflatten(2, (self.config.cell, -1))  # (B, cells, cell, cell, C)
-        z = z.unflatten(1, (self.cells_per_side, -1))  # (B, rows, columns, cell, cell, C)
-        return z.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        z = z.flatten(1, 2).transpose(1, 2)  # (B, C, T)
+        side = self.config.grid_size
+        return z.index_select(2, self.order.argsort()).unflatten(2, (side, side))
 
-    def velocity(self, z, t, labels, first_cell=0, caches=None, store=False):
-        """Cells z (B, k, tokens a cell, C) at times t (B, k), labels (B,) -> their velocities.
+    # Training: all cells in one pass, each noised at its own time.
 
-        In training z holds all cells, under the block-causal mask. In sampling it holds one,
-        first_cell, and caches, a list for each block, the keys and values of all earlier ones; with
-        `store` its own are added.
+    def loss(self, latents, labels, draws=None):
+        """Flow matching with noisy context: latents, labels int64 (B,) -> mean squared error.
+
+        draws: what self.draw(B, device) gives, drawn here unless given.
         """
-        cells = t.shape[1]
-        first = first_cell * self.tokens_per_cell
-        here = slice(first, first + cells * self.tokens_per_cell)
-        mask = self.mask[here, here] if caches is None else None
-        time = self.time_mlp(timestep_embedding(t))  # (B, k, width)
-        condition = time + self.label_embedding(labels)[:, None]  # (B, k, width)
-        x = self.proj_in(z.flatten(1, 2)) + self.position[0, here]  # (B, k * tokens a cell, width)
-        for i, block in enumerate(self.blocks):
-            if i == len(self.blocks) // 2:
-                x = F.rms_norm(x, x.shape[-1:]) + self.position[1, here]
-            cache = None if caches is None else caches[i]
-            x = block(x, condition, rotary=self.angles[here], mask=mask, cache=cache, store=store)
-        x = self.proj_out(F.rms_norm(x, x.shape[-1:])).float()
-        return x.unflatten(1, (cells, -1))
+        side = self.config.grid_size
+        check_tensor("latents", latents, (None, self.channels, side, side))
+        check_tensor("labels", labels, (len(latents),), integers=True)
+        t, noise, hidden = draws or self.draw(len(latents), latents.device)
+        z = self.to_cells(latents.float() / self.latent_std)
+        labels = torch.where(hidden, self.config.classes, labels)
+        z_t = torch.lerp(z, noise, t[:, :, None, None])  # (1 - t) z + t eps
+        return F.mse_loss(self.velocity(z_t, t, labels), noise - z)
+
+    forward = loss  # what DistributedDataParallel and torch.compile call
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
@@ -1482,54 +1089,83 @@ class XAR(nn.Module):
         hidden = torch.rand(batch, device=device) < self.config.label_dropout
         return t, noise, hidden
 
-    def loss(self, latents, labels, draws=None):
-        """Flow matching with noisy context: latents, labels (B,) -> mean squared error, a scalar.
+    def velocity(self, z, t, labels, first_cell=0, caches=None):
+        """Cells z (B, k, tokens a cell, 2 d) at times t (B, k), labels (B,) -> their velocities.
 
-        draws: what self.draw(B, device) gives, drawn here unless given.
+        See `run_blocks`.
         """
-        t, noise, hidden = draws or self.draw(len(latents), latents.device)
-        z = self.to_cells(latents.float() / self.latent_std)
-        labels = torch.where(hidden, self.config.classes, labels)
-        z_t = torch.lerp(z, noise, t[:, :, None, None])  # (1 - t) z + t eps
-        return F.mse_loss(self.velocity(z_t, t, labels), noise - z)
+        x = self.run_blocks(z, t, labels, first_cell, caches)
+        return self.proj_out(rms_norm(x)).float().view(z.shape)
 
-    forward = loss  # what DistributedDataParallel calls
+    def run_blocks(self, z, t, labels, first_cell=0, caches=None):
+        """As `velocity`, without the output layer -> (B, k * tokens a cell, width).
+
+        In training z holds all cells, under the block-causal mask. In sampling it holds one,
+        first_cell, which sees the earlier ones through caches, (keys, values) for each block.
+        """
+        first = first_cell * self.tokens_per_cell
+        here = slice(first, first + z.shape[1] * self.tokens_per_cell)
+        rotary = (self.cos[here], self.sin[here])
+        mask = self.mask if caches is None else None
+        time = self.time_mlp(timestep_embedding(t))  # (B, k, width)
+        condition = time + self.label_embedding(labels)[:, None]  # (B, k, width)
+        x = self.proj_in(z.flatten(1, 2)) + self.position[0, here]
+        for i, block in enumerate(self.blocks):
+            if i == len(self.blocks) // 2:
+                x = rms_norm(x) + self.position[1, here]
+            cache = None if caches is None else (*caches[i], here)
+            x = block(x, condition, rotary, mask, cache)
+        return x
+
+    # Sampling: cell after cell, each from noise.
 
     @torch.no_grad()
     def sample(self, labels, steps=25, guidance=1.0):
         """Labels int64 (B,) -> latents. Noise comes from the global random generator.
 
-        t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code. Euler's
-        steps; with config.stochastic Euler-Maruyama's, the last without noise. `guidance` is the
-        last cell's; the first has as much, but at most config.guidance_first.
+        `guidance` is the last cell's; the first has as much, but at most config.guidance_first.
         """
+        check_tensor("labels", labels, (None,), integers=True)
+        check_guidance(self.config.label_dropout, guidance)
         first = min(self.config.guidance_first, guidance)
-        caches = [[] for _ in self.blocks]
-        finished = []
+        no_label = torch.full_like(labels, self.config.classes)
+        both = torch.cat([labels, no_label])  # with and without the label, in one batch
+        caches = self.empty_caches(both)
+        cells = []
         for cell in range(self.cells):
             ramp = cell / max(self.cells - 1, 1)
             strength = first + (guidance - first) * ramp
-            finished.append(self.sample_cell(labels, cell, caches, steps, strength))
-        return self.latent_std * self.from_cells(torch.cat(finished, dim=1))
+            z = self.sample_cell(both, cell, caches, steps, strength)
+            if cell < self.cells - 1:  # nobody looks at the last
+                clean = torch.zeros(len(both), 1, device=z.device)
+                self.run_blocks(z.repeat(2, 1, 1, 1), clean, both, cell, caches)
+            cells.append(z)
+        return self.latent_std * self.from_cells(torch.cat(cells, dim=1))
 
-    def sample_cell(self, labels, cell, caches, steps, strength):
-        """One cell from noise, (B, 1, tokens a cell, C); clean, it then enters the caches."""
-        batch = len(labels)
-        no_label = torch.full_like(labels, self.config.classes)
-        both = torch.cat([labels, no_label])  # with and without the label, in one batch
+    def empty_caches(self, labels):
+        """Room for the keys and values of the whole grid, for each block: `XARBlock.attend`."""
+        c = self.config
+        shape = (len(labels), c.gen_heads, c.grid_size**2, c.gen_width // c.gen_heads)
+        device = labels.device
+        mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if mixed else torch.float32
+        return [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in self.blocks]
 
-        def guided_velocity(z, t, store=False):
-            times = torch.full((2 * batch, 1), t, device=labels.device)
-            v = self.velocity(z.repeat(2, 1, 1, 1), times, both, cell, caches, store)
-            with_label, without = v.chunk(2)
-            return without + strength * (with_label - without)
+    def sample_cell(self, both, cell, caches, steps, strength):
+        """One cell from noise, (B, 1, tokens a cell, 2 d), for both = labels and "no label" (2B,).
 
-        shape = (batch, 1, self.tokens_per_cell, self.channels)
-        z = torch.randn(shape, device=labels.device)
+        t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code. Euler's
+        steps; with config.stochastic Euler-Maruyama's, the last without noise.
+        """
+        batch = len(both) // 2
+        z = torch.randn(batch, 1, self.tokens_per_cell, self.channels, device=both.device)
         times = [*torch.linspace(1, 0.04, steps).tolist(), 0.0]  # 0.04 as in xAR
         for t, t_next in zip(times, times[1:]):
             dt = t_next - t
-            v = guided_velocity(z, t)
+            now = torch.full((2 * batch, 1), t, device=z.device)
+            v = self.velocity(z.repeat(2, 1, 1, 1), now, both, cell, caches)
+            with_label, without = v.chunk(2)
+            v = without + strength * (with_label - without)
             if self.config.stochastic:
                 score = -(z + (1 - t) * v) / t
                 z = z + (v - t * score) * dt
@@ -1537,12 +1173,21 @@ class XAR(nn.Module):
                     z = z + math.sqrt(2 * t * -dt) * torch.randn_like(z)
             else:
                 z = z + v * dt
-        guided_velocity(z, 0.0, store=True)  # for its keys and values alone
         return z
 
 
+def check_guidance(label_dropout, guidance):
+    """ValueError if one of the two velocities that guidance combines was never learned."""
+    if guidance != 1 and label_dropout in (0, 1):
+        kind = "all" if label_dropout else "no"
+        raise ValueError(
+            f"guidance is {guidance:g}: with label_dropout {label_dropout:g}, {kind} labels are "
+            "hidden in training, and guidance must be 1"
+        )
+
+
 # ================================================================================================
-# 8. The rivals
+# 7. What the paper argues against
 # ================================================================================================
 # Local supervision, what FQGAN and VA-VAE do instead of eq. (7): the semantic codes of an image
 # should predict a pre-trained network's features of that same image. The network runs in every
@@ -1555,11 +1200,13 @@ class XAR(nn.Module):
 #
 # So GloTok is not the only relational one, but the only one whose relations leave the batch.
 #
-# Both rivals read the straight-through semantic codes: their gradient passes the quantizer to the
-# encoder. f are the teacher's features, without gradient, and D is their number of channels. What
-# keeps codes in use (section 2) stays on for every method, so that they differ in their supervision
-# alone (FQGAN's two further losses, below, apart).
+# Both read the straight-through semantic codes: their gradient passes the quantizer to the encoder.
+# f are the teacher's features, without gradient, and D is their number of channels. What keeps
+# codes in use (section 8) stays on for every method, so that they differ in their supervision
+# alone. (FQGAN adds two losses that have no teacher; they are not here.)
 
+# Channels of the features of the networks that can be teachers.
+TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}
 
 # FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from
 # the semantic codes; both to unit length, S_ij = <prediction_i, target_j>. Its InfoNCE is the
@@ -1571,6 +1218,8 @@ class XAR(nn.Module):
 # is that of one process, as in FQGAN, and here of one micro-batch. FQGAN's target is CLIP's class
 # token (the output at an extra input that stands for the whole image); ours DINOv2's, or the mean
 # of the convnet's features.
+
+FQGAN_WEIGHT = 0.5  # as published
 
 
 class ContrastiveHead(nn.Module):
@@ -1604,41 +1253,18 @@ class ContrastiveHead(nn.Module):
 
 
 def contrastive_loss(prediction, target):
-    """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats."""
+    """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats.
+
+    ValueError if B is 1: with nothing to tell apart the loss is always 0.
+    """
+    if len(prediction) < 2:
+        raise ValueError("InfoNCE tells the images of a batch apart, and there is 1 in a batch")
     with full_precision(prediction.device):
         prediction = F.normalize(prediction.float(), dim=1)
         target = F.normalize(target.detach().float(), dim=1)
         similarity = prediction @ target.T  # (B, B)
         itself = torch.arange(len(target), device=target.device)
         return F.cross_entropy(similarity, itself)
-
-
-# FQGAN adds two losses that have no teacher, and GloTok's paper names neither. Disentanglement: the
-# two code vectors of a position should be orthogonal. Entropy, of both codebooks: with
-#
-#     q_b = softmax over codes c of -||z_b - c||^2 / 0.01,
-#     L_entropy = mean over b of H(q_b) - H(mean over b of q_b),
-#
-# each feature should be sure of its code, and all codes equally frequent. This keeps codes in use
-# by moving features and codes, chosen or not. (FQGAN has no other remedy for unused codes:
-# --lambda_coverage 0 --revive_every 0.)
-
-
-def disentangle_loss(sem, vis):
-    """Mean squared cosine of the two unit code vectors (B, T, d) of each position, a scalar."""
-    return (sem * vis).sum(2).square().mean()
-
-
-def entropy_loss(z, codebook, temperature=0.01):
-    """Unit features z (B, T, d), codebook (n, d) -> L_entropy, nats. Memory: B * T * n numbers."""
-    with full_precision(z.device):
-        # On the sphere -||z - c||^2 = 2 z.c - 2; softmax does not see the constant.
-        log_q = (2 / temperature * z.flatten(0, 1) @ codebook.T).log_softmax(1)  # (B * T, n)
-        sample_entropy = -(log_q.exp() * log_q).sum(1).mean()
-        # Through the logarithm: the mean itself can underflow to 0, and 0 * log 0 is NaN.
-        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # (n,)
-        code_entropy = -(log_mean.exp() * log_mean).sum()
-        return sample_entropy - code_entropy
 
 
 # VA-VAE (Yao et al. 2025, arXiv 2501.01423): one vector a token. A linear map takes the latent to
@@ -1649,8 +1275,10 @@ def entropy_loss(z, codebook, temperature=0.01):
 #     L_vf   = L_mdms + L_mcos
 #
 # Its weight is 0.1 times a ratio of gradients at the last layer before the latent: the norm of that
-# of l_R L_R + l_P L_P over the norm of that of L_vf (vf_weight, section 6). VA-VAE's latent is
-# continuous; ours is the quantized one, which is what the decoder gets.
+# of l_R L_R + l_P L_P over the norm of that of L_vf (total_loss). VA-VAE's latent is continuous;
+# ours is the quantized one, which is what the decoder gets.
+
+VAVAE_WEIGHT = 0.1  # as published
 
 
 def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
@@ -1669,135 +1297,8 @@ def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
         return mdms + mcos
 
 
-class FAR(nn.Module):
-    """FQGAN's generator, in table 2 trained on FQGAN's indices and on GloTok's.
-
-    A causal transformer over the positions, row by row, gives each a context. A small head then
-    predicts the position's two indices one after the other: visual first, then semantic. Trained
-    on true tokens, it samples from its own: the exposure bias of section 7. Indices are int64
-    (B, 2, h, w), semantic and visual.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        c = config
-        self.config = c
-        width = c.gen_width
-        positions = c.grid_size**2
-        self.embed_sem = nn.Embedding(c.codes_sem, width)
-        self.embed_vis = nn.Embedding(c.codes_vis, width)
-        self.label_embedding = nn.Embedding(c.classes + 1, width)  # the last is "no label"
-        for embedding in (self.embed_sem, self.embed_vis, self.label_embedding):
-            nn.init.normal_(embedding.weight, 0, 0.02)
-        self.proj_in = nn.Linear(2 * width, width)
-        self.blocks = self.make_blocks(c.gen_layers)
-        self.head = self.make_blocks(c.head_layers)
-        self.proj_sem = nn.Linear(width, c.codes_sem)
-        self.proj_vis = nn.Linear(width, c.codes_vis)
-        for proj in (self.proj_sem, self.proj_vis):  # at first all codes are equally likely
-            nn.init.zeros_(proj.weight)
-            nn.init.zeros_(proj.bias)
-        # Positions are rotary alone. Ours: an input bears the position that it predicts (FQGAN: its
-        # own), and the head's two inputs are at 0 and 1 (FQGAN: both at 0).
-        head_width = width // c.gen_heads
-        angles = rotary_angles(grid_positions(c.grid_size), head_width)
-        head_angles = rotary_angles(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), head_width)
-        mask = torch.ones(positions, positions, dtype=torch.bool).tril()
-        self.register_buffer("angles", angles, persistent=False)
-        self.register_buffer("head_angles", head_angles, persistent=False)
-        self.register_buffer("mask", mask, persistent=False)
-
-    def make_blocks(self, n):
-        c = self.config
-        return nn.ModuleList(
-            Block(c.gen_width, c.gen_heads, dropout=c.gen_dropout) for _ in range(n)
-        )
-
-    def context(self, labels, tokens, first=0, caches=None):
-        """Labels (B,), earlier tokens (B, T, 2) -> contexts of positions `first` to T.
-
-        The result is (B, T + 1 - first, width). The label stands before the first token. caches,
-        one list a block, hold the positions before `first`; these are added.
-        """
-        sem, vis = tokens.unbind(2)
-        pairs = torch.cat([self.embed_vis(vis), self.embed_sem(sem)], dim=2)  # (B, T, 2 * width)
-        label = self.label_embedding(labels)[:, None]
-        x = torch.cat([label, self.proj_in(pairs)], dim=1)  # (B, 1 + T, width)
-        here = slice(first, tokens.shape[1] + 1)
-        x = F.dropout(x[:, here], self.config.gen_dropout, self.training)
-        for i, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[i]
-            mask = self.mask[here, : here.stop]
-            x = block(x, rotary=self.angles[here], mask=mask, cache=cache, store=True)
-        return x
-
-    def run_head(self, x):
-        """Inputs (N, n, width), n 1 or 2 -> as many outputs; output i sees inputs 0 .. i."""
-        n = x.shape[1]
-        for block in self.head:
-            x = block(x, rotary=self.head_angles[:n], mask=self.mask[:n, :n])
-        return F.rms_norm(x, x.shape[-1:])
-
-    def visual_logits(self, context):
-        """Contexts (N, width) -> logits (N, codes_vis)."""
-        (out,) = self.run_head(context[:, None]).unbind(1)
-        return self.proj_vis(out).float()
-
-    def both_logits(self, context, vis):
-        """Contexts (N, width), visual indices (N,) -> visual logits, semantic ones given vis."""
-        first, second = self.run_head(torch.stack([context, self.embed_vis(vis)], dim=1)).unbind(1)
-        return self.proj_vis(first).float(), self.proj_sem(second).float()
-
-    def draw(self, batch, device):
-        """The random numbers of a training step: which labels to hide."""
-        return (torch.rand(batch, device=device) < self.config.label_dropout,)
-
-    def loss(self, indices, labels, draws=None):
-        """Indices, labels (B,) -> mean cross-entropy of both kinds, nats. draws: as XAR.loss."""
-        (hidden,) = draws or self.draw(len(labels), labels.device)
-        labels = torch.where(hidden, self.config.classes, labels)
-        tokens = indices.flatten(2).transpose(1, 2).long()  # (B, T, 2)
-        context = self.context(labels, tokens[:, :-1]).flatten(0, 1)  # (B * T, width)
-        sem, vis = tokens.flatten(0, 1).unbind(1)  # (B * T,) each
-        logits_vis, logits_sem = self.both_logits(context, vis)
-        return (F.cross_entropy(logits_vis, vis) + F.cross_entropy(logits_sem, sem)) / 2
-
-    forward = loss  # what DistributedDataParallel calls
-
-    @torch.no_grad()
-    def sample(self, labels, steps=0, guidance=1.0):
-        """Labels int64 (B,) -> indices. Among the config's top_k likeliest codes.
-
-        `steps` is XAR's and means nothing here. Draws from the global random generator.
-        """
-        no_label = torch.full_like(labels, self.config.classes)
-        both = torch.cat([labels, no_label])
-        caches = [[] for _ in self.blocks]
-        tokens = both.new_empty(len(both), 0, 2)
-        for position in range(self.config.grid_size**2):
-            context = self.context(both, tokens, position, caches)[:, -1]
-            vis = self.choose(self.visual_logits(context), guidance)
-            sem = self.choose(self.both_logits(context, vis)[1], guidance)
-            pair = torch.stack([sem, vis], dim=1)  # (2B, 2)
-            tokens = torch.cat([tokens, pair[:, None]], dim=1)
-        indices = tokens[: len(labels)].transpose(1, 2)  # (B, 2, T)
-        return indices.unflatten(2, (self.config.grid_size, -1))
-
-    def choose(self, logits, guidance):
-        """Logits (2B, n), first with, then without label -> one index for each pair, (2B,)."""
-        with_label, without = logits.chunk(2)
-        k = self.config.top_k or logits.shape[1]
-        guided = without + guidance * (with_label - without)
-        best, index = guided.topk(min(k, logits.shape[1]))
-        chosen = torch.multinomial(best.softmax(1), 1)
-        return index.gather(1, chosen)[:, 0].repeat(2)
-
-
-GENERATORS = {"xar": XAR, "far": FAR}
-
-
 # ================================================================================================
-# 9. Appendix: borrowed networks
+# 8. Appendix: borrowed networks; keeping codes in use
 # ================================================================================================
 # VQGAN's encoder and decoder (Esser et al. 2021, arXiv 2012.09841).
 
@@ -1831,19 +1332,16 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of (B, c, H, W)."""
+    """x + single-head self-attention over the positions of norm(x), (B, c, H, W) -> the same."""
 
     def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
-        self.qkv = conv(channels, 3 * channels, 1)
-        self.proj = conv(channels, channels, 1)
+        self.attention = Attention(channels, 1)
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H * W, 3c)
-        q, k, v = qkv.chunk(3, dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, H * W, c)
-        return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H * W, c)
+        return x + self.attention(tokens).transpose(1, 2).reshape(x.shape)
 
 
 def downsample(channels):
@@ -1900,14 +1398,20 @@ def decoder(c):
     return nn.Sequential(*layers)
 
 
+def discriminator_halvings(image_size):
+    """How often it halves the picture: 3 times (70x70 patches), below 128 pixels twice (34x34)."""
+    return 3 if image_size >= 128 else 2
+
+
 def discriminator(c):
     """PatchGAN (Isola et al. 2017): images -> a logit for each overlapping patch (B, 1, H', W')."""
-    width = c.disc_channels
+    halvings = discriminator_halvings(c.image_size)
+    width = 64
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-    for i in range(1, c.disc_layers + 1):
+    for i in range(1, halvings + 1):
         c_in = width
-        width = c.disc_channels * min(2**i, 8)
-        stride = 2 if i < c.disc_layers else 1
+        width = 64 * 2**i
+        stride = 2 if i < halvings else 1
         layers.append(nn.Conv2d(c_in, width, 4, stride, 1, bias=False))
         layers += [nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
     layers.append(nn.Conv2d(width, 1, 4, 1, 1))
@@ -2061,49 +1565,378 @@ class ConvNet(nn.Module):
         return self.head(F.relu(self.features(x)).mean((2, 3)))
 
 
-# k-means, for the centres of a teacher's features (section 3.3).
+# ---- Keeping codes in use: ours, not the paper's, which names no remedy
+#
+# Only chosen codes get a gradient from (1). On small data most are never chosen: in C_vis they
+# would stay where they began; in C_sem the histogram loss (7) moves them, but nothing brings
+# features to them. Without a remedy 18 to 29 % of the semantic codes are used in our small runs.
+#
+# For C_vis `revive` does the usual, and puts codes that nobody chose lately onto features. For
+# C_sem that would undo (7), whose business it is to say where the codes lie, so the features come
+# to the codes instead. Coverage is commitment's mirror image: as each feature wants a code near it,
+# each unused code wants a feature near it,
+#
+#     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2 / d,
+#
+# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. The batch is what one
+# process sees at once. If that has few more features than there are codes, some codes are unused by
+# chance however evenly they are used, and the pull never quite ends.
+#
+# revive_every 0 and lambda_coverage 0 switch them off.
 
 
-def kmeans(x, k, iterations=20):
-    """Centres (k, d) of points x (n, d): Lloyd's iterations from a k-means++ start.
+def coverage_loss(z, index, codebook):
+    """Unit features z (B, T, d), their indices (B, T), codebook (n, d) -> L_coverage, a scalar.
 
-    A centre that loses all its points stays where it is. Draws from the global random generator.
-    ValueError if n < k.
+    It moves the features alone.
     """
-    if len(x) < k:
-        raise ValueError(f"k-means cannot place {k} centres among {len(x)} points")
-    x = x.float()
-    with full_precision(x.device):
-        centres = kmeans_start(x, k)
-        for _ in range(iterations):
-            chunks = x.split(max(1, 2**24 // k))  # at most 2^24 distances in memory
-            # |x - c|^2 = |x|^2 - (2 x.c - |c|^2): the closest centre has the largest bracket
-            squared = centres.square().sum(1)
-            closest = torch.cat([(2 * chunk @ centres.T - squared).argmax(1) for chunk in chunks])
-            count = torch.bincount(closest, minlength=k)
-            total = torch.zeros_like(centres).index_add_(0, closest, x)
-            mean = total / count.clamp(min=1)[:, None]
-            centres = torch.where(count[:, None] > 0, mean, centres)
-    return centres
+    z = z.flatten(0, 1)  # (B * T, d)
+    codes = codebook.detach()  # (n, d)
+    unused = torch.ones(len(codes), device=z.device).index_fill(0, index.flatten(), 0)
+    pulled = z.index_select(0, nearest(codes, z))  # (n, d)
+    distance = (pulled - codes).square().mean(1)  # (n,)
+    return (unused * distance).mean()
 
 
-def kmeans_start(x, k):
-    """k-means++ (Arthur and Vassilvitskii 2007): k of the points x (n, d), far from one another.
+@torch.no_grad()
+def revive(quantizer, images):
+    """Move the codes that were not chosen in the last `images` training images.
 
-    Each next one is chosen with probability proportional to the squared distance from the nearest
-    that is already chosen.
+    Each goes onto a random feature of the last batch.
     """
-    squared = x.square().sum(1)
-    centres = x.new_empty(k, x.shape[1])
-    distance = torch.full_like(squared, torch.inf)  # squared, to the nearest centre so far
-    for i in range(k):
-        weight = torch.ones_like(squared)
-        if i > 0 and distance.max() > 0:
-            weight = distance
-        cumulative = weight.double().cumsum(0)
-        target = torch.rand(1).double().to(x.device) * weight.double().sum()
-        chosen = torch.searchsorted(cumulative, target).clamp(max=len(x) - 1)
-        centres[i] = x[chosen]
-        to_new = squared - 2 * x @ centres[i] + centres[i].square().sum()
-        distance = torch.minimum(distance, to_new.clamp_min(0))
-    return centres
+    features = quantizer.last_features  # (B * T, d)
+    chosen = torch.randint(len(features), quantizer.age.shape, device=features.device)
+    unused = (quantizer.age >= images)[:, None]  # (n, 1)
+    quantizer.weight.copy_(torch.where(unused, features[chosen], quantizer.weight))
+
+
+# ================================================================================================
+# 9. Settings
+# ================================================================================================
+
+
+def setting(default, text, low=0, high=1e9):
+    """A field of Config: its default, a line of help, and (numbers only) its permitted range."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of models, losses and training. The defaults are preset "shapes".
+
+    ValueError if a value has the wrong type, is out of its range, or does not fit another.
+    """
+
+    # data and teacher
+    data: str = setting("shapes", "shapes, cifar10, imagenette, a folder, or an .npz of images")
+    teacher: str = setting("convnet", "convnet, dinov2, sphere, a file of vectors, or a run folder")
+    teacher_centres: int = setting(1024, "k-means centres that stand for its features", 2)
+    teacher_by_class: int = setting(0, "1: VQGAN-LC's centres: image means, class by class", 0, 1)
+    image_size: int = setting(32, "height and width of the images, pixels", 8, 4096)
+
+    # the tokenizer: VQGAN's encoder and decoder; each level after the first halves the picture
+    patch: int = setting(2, "pixels folded into channels, each way, at the start (paper: 1)", 1, 16)
+    channels: int = setting(48, "channels of the first level", 4, 4096)
+    channel_mult: tuple = setting((1, 1), "channels of each level, times `channels`", 1, 64)
+    res_blocks: int = setting(1, "residual blocks a level (the decoder has one more)", 1, 16)
+    z_channels: int = setting(48, "channels of Z, the encoder's output", 1, 8192)
+    adapter_layers: int = setting(0, "transformer layers of an adapter; 0: one linear map", 0, 64)
+    width: int = setting(64, "width of adapters and residual modules", 8, 8192)
+    heads: int = setting(4, "attention heads in adapters and residual modules", 1, 128)
+    codes_sem: int = setting(256, "codes in the semantic codebook; 1: there is none", 1, 2**20)
+    codes_vis: int = setting(768, "codes in the visual codebook", 2, 2**20)
+    code_dim: int = setting(8, "dimension of a code vector", 2, 4096)
+
+    # its losses, eqs. (3) and (13); a weight of 0 switches a loss off
+    beta: float = setting(0.25, "weight of the commitment term in eq. (1)")
+    lambda_quantize: float = setting(0.3, "weight of L_Q, eq. (1)")
+    lambda_perceptual: float = setting(0.0, "weight of L_P, LPIPS")
+    lambda_adv: float = setting(0.0, "weight of L_G, the adversarial loss")
+    lambda_res: float = setting(0.5, "weight of L_res, eq. (10); 0 removes the residual modules")
+    lambda_hist: float = setting(0.05, "weight of L_hist, eq. (7) (paper: 0.01)")
+    lambda_coverage: float = setting(0.1, "weight of coverage, which keeps semantic codes in use")
+    semantic: str = setting("global", "global: L_hist; or a local loss: fqgan, vavae; or none")
+    bins: int = setting(40, "bins N of the similarity histogram", 2, 4096)
+    adv_start: int = setting(20000, "step at which the discriminator enters")
+    adv_adaptive: int = setting(1, "1: VQGAN's adaptive weight of L_G; 0: as FQGAN, plain", 0, 1)
+    disc_lr: float = setting(5e-4, "learning rate of the discriminator's Adam", 0, 1)
+
+    # the generator
+    classes: int = setting(6, "number of classes (train.py counts them in the data)", 1, 10**6)
+    cell: int = setting(4, "tokens each way in a cell, xAR's unit of generation", 1, 1024)
+    gen_width: int = setting(96, "width of the generator", 8, 8192)
+    gen_layers: int = setting(5, "transformer blocks of the generator", 1, 200)
+    gen_heads: int = setting(4, "attention heads of the generator", 1, 128)
+    gen_dropout: float = setting(0.0, "dropout in the generator's blocks", 0, 0.999)
+    time_shift: float = setting(0.8, "trains at t = sigmoid(normal + this) (xAR: 0)", 0, 9)
+    label_dropout: float = setting(0.1, "share of labels hidden in training, for guidance", 0, 1)
+    stochastic: int = setting(0, "1: sample by Euler-Maruyama, as xAR; 0: by Euler", 0, 1)
+    guidance: float = setting(3.0, "classifier-free guidance of the last cell; 1: none", 0, 100)
+    guidance_first: float = setting(3.0, "of the first cell, at most guidance (xAR: 1)", 0, 100)
+    sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
+    generator_steps: int = setting(4000, "training steps of the generator", 1)
+    gen_batch: int = setting(16, "images a step, over all processes", 1)
+    gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
+    gen_lr_end: float = setting(0.0, "learning rate at the end of gen_cooldown", 0, 1)
+    gen_warmup: int = setting(50, "steps over which the learning rate rises from 0")
+    gen_cooldown: float = setting(0.5, "last share of the steps: half a cosine down", 0, 1)
+    ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
+
+    # training
+    tokenizer_steps: int = setting(1300, "training steps of the tokenizer", 1)
+    batch_size: int = setting(16, "images a step, over all processes", 1)
+    lr: float = setting(3e-3, "learning rate of Adam (betas 0.9, 0.95)", 0, 1)
+    warmup: int = setting(20, "steps over which the learning rate rises from 0")
+    cooldown: float = setting(0.4, "last share of the steps: half a cosine down to 0", 0, 1)
+    clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
+    revive_every: int = setting(20, "steps between revivals of unused visual codes; 0: never")
+    flip: int = setting(1, "1: mirror half of the training images", 0, 1)
+    crop: float = setting(1.0, "smallest random crop (tokenizer), share of the short side", 0.1, 1)
+    accumulate: int = setting(1, "micro-batches of a process's batch, to save memory", 1)
+    compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
+    precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
+    eval_images: int = setting(1000, "held-out images that the final figures are taken on", 1)
+    save_every: int = setting(200, "steps between checkpoints", 1)
+    seed: int = setting(0, "seed of weights, data order and built-in data", 0, 2**31)
+
+    @property
+    def downsampling(self):
+        """Pixels that a token covers in each direction."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def grid_size(self):
+        """Tokens in each direction."""
+        return self.image_size // self.downsampling
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_field(f, getattr(self, f.name))
+        size = self.image_size
+        one_of("semantic", self.semantic, ("global", "fqgan", "vavae", "none"))
+        one_of("precision", self.precision, ("auto", "bf16", "float32"))
+        multiple_of("image_size", size, self.downsampling, "the pixels that a token covers")
+        multiple_of("width", self.width, self.heads, "heads")
+        multiple_of("grid of tokens", self.grid_size, self.cell, "cell")
+        multiple_of("gen_width", self.gen_width, 4 * self.gen_heads, "4 gen_heads")
+        # The discriminator's convolutions halve the picture; two more take a pixel off each.
+        least = 3 * 2 ** discriminator_halvings(size)
+        if self.lambda_adv and size < least:
+            raise ValueError(f"image_size is {size}: the discriminator takes at least {least}")
+        if self.lambda_perceptual and size < 16:
+            raise ValueError(f"image_size is {size}: LPIPS takes at least 16")
+        if self.semantic in ("fqgan", "vavae"):
+            one_of(f"teacher of semantic {self.semantic}", self.teacher, TEACHER_WIDTH)
+            if self.codes_sem == 1:
+                raise ValueError(f"codes_sem is 1: semantic {self.semantic} has nothing to teach")
+        if self.gen_lr_end > self.gen_lr:
+            raise ValueError(
+                f"gen_lr_end is {self.gen_lr_end}: it must not exceed gen_lr, {self.gen_lr}"
+            )
+        check_guidance(self.label_dropout, self.guidance)
+
+
+def check_field(f, value):
+    """ValueError unless value has the type and lies in the range of the Config field f."""
+    kind = type(f.default)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or value == ():
+        raise ValueError(f"{f.name} is {value!r}: it must be of type {kind.__name__}")
+    if kind is str:
+        return
+    low, high = f.metadata["low"], f.metadata["high"]
+    for number in value if kind is tuple else [value]:
+        if kind is tuple and not isinstance(number, int):
+            raise ValueError(f"{f.name} is {value!r}: it must hold whole numbers")
+        if not low <= number <= high:  # NaN fails every comparison
+            raise ValueError(f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
+
+
+def one_of(name, value, options):
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(options)}")
+
+
+def multiple_of(name, value, factor, of_what):
+    if value % factor:
+        raise ValueError(f"{name} is {value}: it must be a multiple of {factor}, {of_what}")
+
+
+# Each preset names what differs from the one that it replaces.
+
+SHAPES = Config()  # 8 x 8 tokens
+
+CIFAR10 = replace(  # 8 x 8 tokens
+    SHAPES,
+    data="cifar10",
+    teacher_centres=2048,
+    classes=10,
+    eval_images=10000,
+    # tokenizer
+    patch=1,
+    channels=32,
+    channel_mult=(1, 2, 4),
+    res_blocks=2,
+    z_channels=128,
+    width=128,
+    codes_sem=512,
+    codes_vis=1536,
+    lambda_hist=0.01,
+    lambda_adv=0.1,
+    adv_start=15000,
+    tokenizer_steps=20000,
+    batch_size=128,
+    lr=1e-3,
+    warmup=100,
+    save_every=500,
+    # generator
+    gen_width=384,
+    gen_layers=8,
+    gen_heads=6,
+    gen_dropout=0.1,
+    time_shift=0.0,
+    generator_steps=40000,
+    gen_batch=256,
+    gen_lr=5e-4,
+    gen_warmup=1000,
+    gen_cooldown=0.25,
+    ema=0.9995,
+    guidance=5.0,
+    guidance_first=1.0,
+    sampling_steps=40,
+)
+
+CIFAR10_SMALL = replace(
+    CIFAR10,
+    eval_images=2000,
+    # tokenizer
+    patch=2,
+    channel_mult=(1, 2),
+    res_blocks=1,
+    z_channels=64,
+    width=64,
+    lambda_hist=0.3,
+    lambda_adv=0.0,
+    tokenizer_steps=500,
+    batch_size=32,
+    lr=2e-3,
+    save_every=200,
+    # generator
+    gen_width=128,
+    gen_layers=6,
+    gen_heads=4,
+    gen_dropout=0.0,
+    generator_steps=3000,
+    gen_batch=32,
+    gen_lr=2e-3,
+    gen_warmup=100,
+    gen_cooldown=0.5,
+    ema=0.995,
+    guidance=3.0,
+    sampling_steps=10,
+)
+
+IMAGENETTE_SMALL = replace(  # 16 x 16 tokens
+    CIFAR10_SMALL,
+    data="imagenette",
+    teacher_centres=1024,
+    image_size=64,
+    lambda_hist=0.1,
+    tokenizer_steps=1600,
+    batch_size=16,
+    cell=8,
+    gen_batch=16,
+    eval_images=3925,
+)
+
+IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
+    CIFAR10,
+    data="imagenette",
+    teacher="dinov2",
+    image_size=128,
+    eval_images=3925,
+    # tokenizer
+    channels=64,
+    channel_mult=(1, 1, 2, 4),
+    z_channels=256,
+    width=256,
+    heads=8,
+    codes_sem=1024,
+    codes_vis=3072,
+    lambda_quantize=1.0,
+    lambda_perceptual=1.0,
+    lambda_adv=0.5,
+    adv_start=10000,
+    adv_adaptive=0,
+    disc_lr=3e-4,
+    tokenizer_steps=40000,
+    batch_size=64,
+    lr=3e-4,
+    warmup=500,
+    crop=0.8,
+    # generator
+    cell=8,
+    gen_width=512,
+    gen_layers=12,
+    gen_heads=8,
+    generator_steps=60000,
+    gen_batch=128,
+    gen_lr=3e-4,
+    stochastic=1,
+    guidance=2.7,
+)
+
+# From section 4.1 and, where that is silent, from the code that the paper builds on. Ours are
+# teacher_centres, lambda_coverage and revive_every.
+IMAGENET256 = replace(  # 16 x 16 tokens
+    IMAGENETTE,
+    data="imagenet",
+    teacher_centres=4096,  # 4 a class, so 4,000
+    teacher_by_class=1,  # section 3.3: as VQGAN-LC
+    image_size=256,
+    classes=1000,
+    eval_images=50000,
+    # tokenizer
+    channels=128,
+    channel_mult=(1, 1, 2, 2, 4),
+    adapter_layers=6,
+    width=512,
+    codes_sem=4096,
+    codes_vis=12288,
+    adv_start=20000,
+    disc_lr=2e-4,
+    tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
+    batch_size=240,
+    lr=2e-4,
+    warmup=0,
+    cooldown=0.0,
+    save_every=2000,
+    # xAR-B as released. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
+    # sampling_steps 50.)
+    gen_width=768,
+    gen_layers=16,
+    gen_heads=12,
+    generator_steps=500456,  # 800 epochs of 1,281,167 images, 2,048 a step
+    gen_batch=2048,
+    gen_lr=4e-4,  # 5e-5 x 2048 / 256
+    gen_lr_end=1e-5,
+    gen_warmup=62557,  # 100 epochs
+    ema=0.9999,
+)
+
+IMAGENET256_2X = replace(
+    IMAGENET256,
+    teacher_centres=16384,  # 16 a class, so 16,000
+    codes_sem=16384,
+    codes_vis=16384,
+)
+
+PRESETS = {
+    "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
+    "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
+    "imagenette-small": IMAGENETTE_SMALL,  # 64x64 photographs, a CPU
+    "cifar10": CIFAR10,  # 32x32 photographs, one GPU
+    "imagenette": IMAGENETTE,  # 128x128 photographs, one GPU
+    "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
+    "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
+}

@@ -1,462 +1,201 @@
-"""Pictures and figures of a run.
+"""What a run has learned: figures, pictures, new images.
 
+    python sample.py runs/shapes              # everything about a run, also while it trains
+
+writes into its folder reconstructions.png, histogram.png, curves.png, samples.png and metrics.json.
 New images, as a picture, or as arrays for fid.py and ADM's evaluator:
 
     python sample.py runs/shapes --n 64 --guidance 2 --steps 25 --seed 1 --out grid.png
     python sample.py runs/shapes --n 10000 --out samples.npz
 
-Originals over reconstructions, their PSNR, FID and KID; figure 4 of the paper, what each half of
-the tokens carries; table 3, how evenly the semantic latents lie:
+Originals over reconstructions, of any images; figure 4 of the paper, what each half of the tokens
+carries; table 3, how evenly the semantic latents lie:
 
-    python sample.py runs/shapes --reconstruct shapes --out pairs.png
+    python sample.py runs/shapes --reconstruct FOLDER --out pairs.png
     python sample.py runs/shapes --retain shapes --out halves.png
     python sample.py runs/shapes --uniformity shapes --out scatter.png
 """
 
-import hashlib
 import json
 import math
 import platform
-import signal
 from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
-
-if __name__ == "__main__":  # until run_script takes over, Ctrl-C ends the slow imports silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import gaussian_kde
 
-from fid import (
-    INCEPTION_FILE,
-    BadInput,
-    Parser,
-    Progress,
-    cache_path,
-    compare,
-    evenly_spaced,
-    load_checkpoint,
+import fid
+import glotok
+from fid import BadInput, note
+from train import (
+    check_made_of,
+    encode_all,
+    images_at_once,
+    load_config,
+    load_convnet,
     load_data,
-    load_inception,
-    load_states,
-    lock,
-    measure,
-    note,
-    psnr,
-    run_script,
-    sha256,
+    load_run,
+    load_teacher,
+    make_config,
+    quotas,
     stream_batches,
-    write_atomically,
-)
-from glotok import (
-    GENERATORS,
-    Config,
-    ConvNet,
-    GloTok,
-    kl_divergence,
-    relation_histogram,
-    sphere_histogram,
-    used_histogram,
+    to_float,
+    to_uint8,
 )
 
 # ================================================================================================
-# 1. Drawing
-# ================================================================================================
-
-INK = (30, 30, 30)
-RULE = (225, 225, 225)
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878"]
-COLOURS += ["#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
-
-
-def save_png(path, canvas):
-    write_atomically(Path(path), lambda file: canvas.save(file, "PNG"))
-
-
-def save_image_grid(path, rows, title="", least_side=64):
-    """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG.
-
-    Images of fewer than least_side pixels are enlarged to so many.
-    """
-    # A class may be called anything, line breaks included.
-    rows = [(" ".join(label.split()), images) for label, images in rows]
-    font = ImageFont.load_default(14)
-    gap = 4
-    side = max(least_side, rows[0][1].shape[3])
-    left = 8 + max(int(font.getlength(label)) for label, _ in rows)
-    top = 28 if title else gap
-    columns = max(len(images) for _, images in rows)
-    width = left + (side + gap) * columns
-    height = top + (side + gap) * len(rows)
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((4, 6), title, INK, font)
-    for r, (label, images) in enumerate(rows):
-        y = top + r * (side + gap)
-        draw.text((4, y + side // 2), label, INK, font, anchor="lm")
-        for i, image in enumerate(images):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            picture = picture.resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + i * (side + gap), y))
-    save_png(path, canvas)
-
-
-def save_pairs(path, images, recon, n=12):
-    """Images above their reconstructions, uint8 (N, 3, H, W) twice: n of them, evenly spaced."""
-    some = evenly_spaced(len(images), n)
-    rows = [("original", images[some]), ("reconstruction", recon[some])]
-    mean = psnr(images, recon).mean()
-    save_image_grid(path, rows, f"held-out images, {mean:.1f} dB over {len(images)}")
-
-
-def save_comparison(path, images, recons, n=8):
-    """Images above what several runs make of them, n of them, enlarged so that one sees texture.
-
-    images uint8 (N, 3, H, W); recons: {name of a run: such images}.
-    """
-    some = evenly_spaced(len(images), n)
-    rows = [("original", images[some])]
-    for name, recon in recons.items():
-        mean = psnr(images, recon).mean()
-        rows.append((f"{name}: {mean:.1f} dB", recon[some]))
-    save_image_grid(path, rows, f"held-out images, PSNR over {len(images)}", least_side=128)
-
-
-# curves: a list of (name, xs, ys); style: "line", "log" (of y) or "dots"
-Panel = namedtuple("Panel", "title x_label curves style")
-
-
-def save_plot(path, panels, columns=2, width=560, height=320):
-    """Panels -> a PNG; width and height of each in pixels."""
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    canvas = Image.new("RGB", (width * columns, height * rows), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, panel in enumerate(panels):
-        left = i % columns * width
-        top = i // columns * height
-        draw_panel(draw, panel, (left + 64, left + width - 16), (top + 50, top + height - 44))
-    save_png(path, canvas)
-
-
-def draw_panel(draw, panel, x_range, y_range):
-    """Draw a Panel with its axes at the pixels (left, right) and (top, bottom)."""
-    left, right = x_range
-    top, bottom = y_range
-    font = ImageFont.load_default(15)
-    small = ImageFont.load_default(12)
-    draw.text((left, top - 43), panel.title, INK, font)
-    draw.text(((left + right) / 2, bottom + 24), panel.x_label, INK, small, anchor="ma")
-
-    curves = []
-    for name, xs, ys in panel.curves:
-        ys = np.log10(np.maximum(ys, 1e-12)) if panel.style == "log" else np.asarray(ys)
-        curves.append((name, np.asarray(xs), ys))
-    x_low, x_high = limits([xs for _, xs, _ in curves])
-    y_low, y_high = limits([ys for _, _, ys in curves], room=0.05)
-
-    def pixel(x, y):
-        px = left + (x - x_low) / (x_high - x_low) * (right - left)
-        py = bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
-        return px, py
-
-    for x, y in zip(np.linspace(x_low, x_high, 5), np.linspace(y_low, y_high, 5)):
-        draw.line([pixel(x, y_low), pixel(x, y_high)], RULE)
-        draw.line([pixel(x_low, y), pixel(x_high, y)], RULE)
-        draw.text((pixel(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
-        value = 10**y if panel.style == "log" else y
-        draw.text((left - 5, pixel(x, y)[1]), f"{value:.3g}", INK, small, anchor="rm")
-
-    legend = left
-    for colour, (name, xs, ys) in zip(COLOURS, curves):
-        points = list(zip(*pixel(xs, ys)))
-        if panel.style == "dots":
-            for x, y in points:
-                draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour)
-        elif len(points) > 1:
-            draw.line(points, colour, 2)
-        else:
-            draw.point(points, colour)
-        draw.text((legend, top - 22), name, colour, small)
-        legend += draw.textlength(name, small) + 14
-
-
-def limits(values, room=0.0):
-    """The least and the greatest of a list of arrays, apart by more than 0; room above, a share."""
-    values = np.concatenate(values)
-    low = values.min()
-    high = values.max()
-    if high == low:
-        return low, low + 1
-    return low, high + room * (high - low)
-
-
-# ================================================================================================
-# 2. A run: load it, encode, decode, generate
+# 1. Everything about a run
 # ================================================================================================
 
 
-def make_config(settings):
-    """A dict of settings -> Config; BadInput if they do not fit."""
-    try:
-        return Config(**settings)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-def load_config(folder):
-    """The Config of the run in `folder`, and the name of its preset."""
-    path = folder / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-        preset = saved.pop("preset")
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return Config(**settings), preset
-    except FileNotFoundError:
-        raise BadInput(f"no run in {folder}: there is no {path}") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise BadInput(f"{path} is not a run's settings: {error}") from None
-
-
-def load_run(folder, device="cpu"):
-    """The trained tokenizer of a run folder, a GloTok in eval mode."""
-    folder = Path(folder)
-    config, _ = load_config(folder)
-    model = GloTok(config).to(device)
-    path = folder / "tokenizer.pt"
-    load_states(path, {"model": model}, load_checkpoint(path, device))
-    return model.eval()
-
-
-def load_generator(folder, device="cpu"):
-    """The trained generator of a run folder, the moving average of its weights, in eval mode."""
-    folder = Path(folder)
-    config, _ = load_config(folder)
-    path = folder / "generator.pt"
-    if not path.exists():
-        raise BadInput(
-            f"{folder} has no generator yet: "
-            f"python train.py --stage generator --resume --out {folder}"
-        )
-    generator = GENERATORS[config.generator](config).to(device)
-    load_states(path, {"ema_model": generator}, load_checkpoint(path, device))
-    return generator.eval()
-
-
-def to_float(images, device):
-    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
-    images = images.to(device, non_blocking=True)
-    return images.to(memory_format=torch.channels_last).float() / 127.5 - 1
-
-
-def to_uint8(x):
-    """Float images in [-1, 1], clipped -> uint8, rounded."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def images_at_once(config):
-    """How many images go through the tokenizer in one pass."""
-    return max(1, min(200, 2**21 // config.image_size**2))
-
-
-def read_at(images, index, size):
-    """images[index], uint8 (n, 3, size, size), of images in memory or of files."""
-    batches = stream_batches(images, index.split(100), torch.device("cpu"), size)
-    return torch.cat(list(batches))
+def report(args, config, device):
+    """Figures and pictures of a run -> files in its folder."""
+    folder = args.run
+    net = find_network(args, device)
+    model = load_run(folder, device)
+    teacher = load_teacher(folder)
+    val = read_val_set(args, config.data, config.eval_images, model, device)
+    classify = load_classifier(teacher, device)
+    metrics = report_tokenizer(args, model, teacher, val, classify, net, device)
+    if (folder / "generator.pt").exists():
+        metrics |= report_generator(args, config, model, classify, device)
+    else:
+        note(f"no generator yet: python train.py --resume --stage generator --out {folder}")
+    draw_curves(folder, teacher["floor"])
+    metrics["device"] = device_name(device)
+    text = json.dumps(metrics, indent=1) + "\n"
+    fid.write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
+    shown = []
+    for name, value in metrics.items():
+        shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    print(f"{folder}: {', '.join(shown)}")
 
 
 @torch.no_grad()
-def encode_all(model, images, index, device, mirror=False):
-    """images[index] -> their semantic and visual tokens, int32 (n, 2, h, w), on the CPU.
-
-    With `mirror`, those of the mirrored images.
-    """
-    config = model.config
-    batches = index.split(images_at_once(config))
-    progress = Progress("encoding", len(index))
-    tokens = []
-    done = 0
-    for batch in stream_batches(images, batches, device, config.image_size):
-        x = to_float(batch, device)
-        sem, vis = model.encode(x.flip(3) if mirror else x)
-        tokens.append(torch.stack([sem, vis], dim=1).int().cpu())
-        done += len(batch)
-        progress.update(done)
-    return torch.cat(tokens)
-
-
-@torch.no_grad()
-def decode_all(model, tokens, device):
-    """Tokens int (N, 2, h, w) -> uint8 images on the CPU."""
-    images = []
-    for part in tokens.split(images_at_once(model.config)):
-        sem, vis = part.to(device).unbind(1)
-        images.append(to_uint8(model.decode(sem, vis)).cpu())
-    return torch.cat(images)
-
-
-@torch.no_grad()
-def decode_generated(model, latents):
-    """Generated latents (N, C, h, w) -> uint8 images on the CPU."""
-    parts = latents.split(images_at_once(model.config))
-    return torch.cat([to_uint8(model.from_latents(part)).cpu() for part in parts])
-
-
-GENERATE_BATCH = 100
-
-
-@torch.no_grad()
-def generate(model, generator, labels, config, seed, first=0):
-    """Labels (n,) -> uint8 images on the CPU, yielded in batches of 100, from image `first` on.
-
-    Steps and guidance are the config's. Each batch has its own seed, so that any can be made anew.
-    """
-    for i in range(first, len(labels), GENERATE_BATCH):
-        torch.manual_seed(seed + 1_000_003 * i)
-        batch = labels[i : i + GENERATE_BATCH]
-        generated = generator.sample(batch, config.sampling_steps, config.guidance)
-        if config.generator == "far":
-            yield decode_all(model, generated, labels.device)
-        else:
-            yield decode_generated(model, generated)
-
-
-# ================================================================================================
-# 3. What a finished run reports
-# ================================================================================================
-
-# config: Config; out: its folder; data: fid.Data; teacher: what train.py's make_teacher gives;
-# inception: the FID network, or None
-Run = namedtuple("Run", "config out data teacher device inception")
-
-
-@torch.no_grad()
-def report_tokenizer(run, model, hist_before, figures):
-    """Held-out figures and two pictures of a trained tokenizer -> the figures, a dict.
-
-    hist_before: the semantic codebook's histogram before training; figures: further ones.
-    """
-    c = run.config
-    index = evenly_spaced(len(run.data.val), c.eval_images)
-    images = read_at(run.data.val, index, c.image_size)
-    tokens = encode_all(model, images, torch.arange(len(images)), run.device)
-    recon = decode_all(model, tokens, run.device)
-    teacher_hist = run.teacher["histogram"]
-    hist_after = relation_histogram(model.codebook_sem, c.bins).cpu()
-    sem, vis = tokens.unbind(1)
-    counts = torch.bincount(sem.flatten(), minlength=c.codes_sem).to(run.device)
-    hist_used = used_histogram(model.codebook_sem, counts, c.bins).cpu()
+def report_tokenizer(args, model, teacher, val, classify, net, device):
+    """reconstructions.png and histogram.png of held-out images -> figures, a dict."""
+    c = model.config
+    recon = decode_all(model, val.tokens, device)
+    sem, vis = val.tokens.long().unbind(1)
+    chosen = torch.bincount(sem.flatten(), minlength=c.codes_sem).to(device)
+    hist_teacher = teacher["histogram"]
+    hist_after = glotok.relation_histogram(model.codebook_sem, c.bins).cpu()
+    hist_used = glotok.used_histogram(model.codebook_sem, chosen, c.bins).cpu()
+    tokens = sem.numel()
     metrics = {
-        "psnr": psnr(images, recon).mean().item(),
+        "images": len(recon),
+        "psnr": fid.psnr(val.images, recon).mean().item(),
         "usage_sem": len(sem.unique()) / c.codes_sem,
+        "usage_sem_most": min(1.0, tokens / c.codes_sem),  # that so few images can reach
         "usage_vis": len(vis.unique()) / c.codes_vis,
-        "hist_kl": kl_divergence(teacher_hist, hist_after).item(),
-        "hist_kl_floor": run.teacher["floor"],
-        "hist_kl_used": kl_divergence(teacher_hist, hist_used).item(),
-        **figures,
-        "images": len(images),
-        "device": device_name(run.device),
+        "usage_vis_most": min(1.0, tokens / c.codes_vis),
+        "hist_kl": glotok.kl_divergence(hist_teacher, hist_after).item(),
+        "hist_kl_floor": teacher["floor"],
+        "hist_kl_used": glotok.kl_divergence(hist_teacher, hist_used).item(),
+        **training_figures(args.run / "tokenizer.pt"),
     }
-    if run.inception and len(images) > 1:  # a covariance takes at least two
-        inception = run.inception.to(run.device)
-        originals = image_statistics("held-out images", images, inception, run.device)
-        distances = reconstruction_distances(originals, recon, inception, run.device)
-        metrics["rfid"] = distances["fid"]
-        metrics["kid"], _ = distances["kid"]  # without the deviation
-    classify = load_classifier(run)
     if classify:  # does the teacher still see the same class?
-        metrics["class_agreement"] = (classify(images) == classify(recon)).float().mean().item()
+        same = classify(val.images) == classify(recon)
+        metrics["class_agreement"] = same.float().mean().item()
+    distances = measure_reconstructions(net, val.images, recon, device)
+    if distances:
+        metrics["rfid"] = distances["fid"]
+        metrics["kid"] = distances["kid"][0]
 
-    save_pairs(run.out / "reconstructions.png", images, recon)
+    save_pairs(args.run / "reconstructions.png", val.images, recon)
+    torch.manual_seed(c.seed)
+    untrained = glotok.GloTok(c)  # as train.py makes it
     bins = torch.linspace(-1, 1, c.bins)
     curves = [
-        (f"teacher ({Path(c.teacher).name})", bins, teacher_hist),
+        (f"teacher ({Path(c.teacher).name})", bins, hist_teacher),
         ("codebook after", bins, hist_after),
-        ("codebook before", bins, hist_before.cpu()),
-        (f"ideal sphere, d = {c.code_dim}", bins, sphere_histogram(c.code_dim, c.bins)),
+        ("codebook before", bins, glotok.relation_histogram(untrained.codebook_sem, c.bins)),
+        (f"ideal sphere, d = {c.code_dim}", bins, glotok.sphere_histogram(c.code_dim, c.bins)),
     ]
     title = f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3g}"
     title += f", floor {metrics['hist_kl_floor']:.3g}"
-    save_plot(run.out / "histogram.png", [Panel(title, "cosine similarity", curves, "line")])
+    save_plot(args.run / "histogram.png", [Panel(title, "cosine similarity", curves, "line")])
     return metrics
 
 
 @torch.no_grad()
-def report_generator(run, model, generator, figures, per_class=16):
+def report_generator(args, config, model, classify, device, per_class=16):
     """samples.png, a row for each of the first ten classes -> figures, a dict.
 
     per_class images are drawn of each class, and 12 of them shown. If the teacher is the convnet,
     the figures include how often it sees the class that was asked for.
     """
-    c = run.config
-    classes = run.data.classes[:10]
-    labels = torch.arange(len(classes), device=run.device).repeat_interleave(per_class)
-    images = torch.cat(list(generate(model, generator, labels, c, c.seed)))
-    rows = [(name, images[k * per_class :][:12]) for k, name in enumerate(classes)]
-    save_image_grid(run.out / "samples.png", rows, f"generated, guidance {c.guidance:g}")
-
-    metrics = {f"generator_{name}": value for name, value in figures.items()}
-    classify = load_classifier(run)
+    generator = load_generator(args.run, model, device)
+    names = class_names(args.run)[:10]
+    labels = torch.arange(len(names), device=device).repeat_interleave(per_class)
+    images = torch.cat(list(generate(model, generator, labels, config, args.seed)))
+    rows = [(name, images[k * per_class :][:12]) for k, name in enumerate(names)]
+    save_image_grid(args.run / "samples.png", rows, f"generated, guidance {config.guidance:g}")
+    metrics = {
+        "sampling_steps": config.sampling_steps,
+        "guidance": config.guidance,
+        "sampling_seed": args.seed,
+    }
+    for name, value in training_figures(args.run / "generator.pt").items():
+        metrics[f"generator_{name}"] = value
     if classify:
         right = classify(images) == labels.cpu()
         metrics["samples_class_accuracy"] = right.float().mean().item()
     return metrics
 
 
-def load_convnet(teacher, device):
-    """The network of a convnet teacher, in eval mode."""
-    net = ConvNet(teacher["classes"]).to(device).eval()
-    net.load_state_dict(teacher["convnet"])
-    return net
+def training_figures(path):
+    """What a checkpoint knows of its training: steps, time, speed, memory."""
+    saved = fid.load_checkpoint(path)
+    return {
+        "steps": saved["step"],
+        "seconds": round(saved["seconds"], 1),
+        "images_per_second": round(saved["images"] / saved["seconds"], 2),
+        "peak_memory_gb": round(saved["peak"] / 2**30, 2),
+    }
 
 
-def load_classifier(run):
+def load_classifier(teacher, device):
     """The convnet teacher as a function: uint8 images -> classes (N,). None for other teachers."""
-    if "convnet" not in run.teacher:
+    if "convnet" not in teacher:
         return None
-    net = load_convnet(run.teacher, run.device)
+    net = load_convnet(teacher, device)
 
     def classify(images):
         parts = images.split(100)
-        return torch.cat([net(to_float(part, run.device)).argmax(1).cpu() for part in parts])
+        return torch.cat([net(to_float(part, device)).argmax(1).cpu() for part in parts])
 
     return classify
 
 
-def find_inception(weights, device):
-    """The FID network of the file `weights` or, if that is None, the published one in the cache.
-
-    None, with a note, if it is not there.
-    """
-    path = cache_path(INCEPTION_FILE)
-    if weights is None and not path.exists():
+def find_network(args, device):
+    """The FID network; None, with a note, if it is not at hand."""
+    path = fid.cache_path(fid.INCEPTION.name)
+    if args.weights is None and not path.exists():
         note(
-            f"FID and KID will not be measured, for {path} is not there: "
-            "the first run of fid.py downloads it; or give --weights FILE"
+            f"no FID and KID, for {path} is not there: the first run of fid.py downloads it; "
+            "or give --weights FILE"
         )
         return None
-    return load_inception(weights, device)
+    return fid.load_inception(args.weights, device)
 
 
-def image_statistics(name, images, inception, device):
-    """Images uint8 (N, 3, H, W) -> fid.Statistics, with each image's features.
+def measure_reconstructions(net, images, recon, device):
+    """FID and KID of reconstructions, uint8 (N, 3, H, W), with their originals, in one order.
 
-    name: for messages.
+    -> {"fid": value, "kid": (mean, deviation)}, empty without a network or with a single image.
     """
-    arrays = images.permute(0, 2, 3, 1).numpy()
-    return measure(name, arrays, inception, device, keep=["features"])
-
-
-def reconstruction_distances(originals, recon, inception, device):
-    """FID and KID of images with the Statistics of their originals, in the same order.
-
-    recon uint8 (N, 3, H, W) -> {"fid": value, "kid": (mean, deviation)}.
-    """
-    statistics = image_statistics("reconstructions", recon, inception, device)
-    return compare(originals, statistics, ["fid", "kid"], device, paired=True)
+    if net is None or len(images) < 2:  # a covariance takes at least two
+        return {}
+    statistics = []
+    for name, each in (("held-out images", images), ("reconstructions", recon)):
+        arrays = each.permute(0, 2, 3, 1).numpy()
+        statistics.append(fid.measure(name, arrays, net, device, keep=["features"]))
+    return fid.compare(*statistics, ["fid", "kid"], paired=True)
 
 
 def device_name(device):
@@ -466,19 +205,21 @@ def device_name(device):
 
 
 def read_log(folder):
-    """The rows of log.jsonl, a list of dicts. A last line cut short by a crash is left out."""
+    """The rows of log.jsonl, a list of dicts; of repeated steps the last row.
+
+    A run that was resumed repeats steps. A last line may be cut short by a crash.
+    """
     path = folder / "log.jsonl"
-    if not path.exists():
-        return []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = {}
     try:
-        lines = path.read_text().splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        return [row for row in rows if row["stage"] and row["step"] >= 0]
+        for line in lines:
+            if line.endswith("}"):
+                row = json.loads(line)
+                rows[row["stage"], row["step"]] = row
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path} is damaged ({error}): "
-            "move it away, and --resume goes on without the old curves"
-        ) from None
+        raise BadInput(f"{path} is damaged ({error}): move it away") from None
+    return sorted(rows.values(), key=lambda row: row["step"])
 
 
 # stage, title, style, names in log.jsonl
@@ -489,12 +230,9 @@ CURVES = [
     ("tokenizer", "L_hist (7)", "log", ["hist"]),
     ("tokenizer", "share of codes in use", "line", ["usage_sem", "usage_vis"]),
     ("tokenizer", "L_G and the discriminator's loss", "line", ["adv", "disc"]),
-    ("generator", "flow matching (xar)", "log", ["flow"]),
-    ("generator", "cross-entropy (far), nats", "line", ["cross_entropy"]),
-    ("tokenizer", "FQGAN: contrastive loss, nats", "line", ["contrastive"]),
-    ("tokenizer", "FQGAN: disentanglement", "log", ["disentangle"]),
-    ("tokenizer", "FQGAN: entropy loss, nats", "line", ["entropy"]),
+    ("tokenizer", "FQGAN's contrastive loss, nats", "line", ["contrastive"]),
     ("tokenizer", "VA-VAE's L_vf", "line", ["vf"]),
+    ("generator", "flow matching", "log", ["flow"]),
 ]
 
 
@@ -518,7 +256,88 @@ def draw_curves(folder, floor):
 
 
 # ================================================================================================
-# 4. Figure 4: what the visual and the semantic latents carry
+# 2. Tokens, images
+# ================================================================================================
+
+# Held-out images of some data: uint8 (N, 3, H, W), labels (N,), tokens int32 (N, 2, h, w).
+ValSet = namedtuple("ValSet", "data images labels tokens")
+
+
+def read_val_set(args, spec, n, model, device):
+    """Up to n held-out images of a data SPEC, evenly spaced, and their tokens -> ValSet.
+
+    Says so if these are not the data of the run: then nobody knows what it was trained on.
+    """
+    c = model.config
+    data = load_data(spec, c.image_size, c.seed)
+    _, _, trained_on = load_config(args.run)
+    if data.digest != trained_on["digest"]:
+        note(
+            f"the images of {spec} are not those of the run, or no longer: some that are held out "
+            "here may have been trained on"
+        )
+    index = fid.evenly_spaced(len(data.val), n)
+    images = read_at(data.val, index, c.image_size)
+    tokens = encode_all(model, images, torch.arange(len(images)), device)
+    return ValSet(data, images, data.val_labels[index], tokens)
+
+
+def read_at(images, index, size):
+    """images[index], uint8 (n, 3, size, size), of images in memory or of files."""
+    batches = stream_batches(images, index.split(100), torch.device("cpu"), size)
+    return torch.cat(list(batches))
+
+
+@torch.no_grad()
+def decode_all(model, tokens, device):
+    """Tokens int (N, 2, h, w) -> uint8 images on the CPU."""
+    images = []
+    for part in tokens.split(images_at_once(model.config)):
+        sem, vis = part.long().to(device).unbind(1)
+        images.append(to_uint8(model.decode(sem, vis)).cpu())
+    return torch.cat(images)
+
+
+def load_generator(folder, model, device="cpu"):
+    """The trained generator of a run folder, the moving average of its weights, in eval mode.
+
+    BadInput if it was trained on the tokens of another tokenizer than model.
+    """
+    path = Path(folder) / "generator.pt"
+    if not path.exists():
+        raise BadInput(
+            f"{folder} has no generator yet: "
+            f"python train.py --resume --stage generator --out {folder}"
+        )
+    generator = glotok.XAR(model.config).to(device)
+    fid.load_states(path, {"ema_model": generator}, fid.load_checkpoint(path, device))
+    check_made_of(path, model)
+    return generator.eval()
+
+
+GENERATE_BATCH = 100
+
+
+@torch.no_grad()
+def generate(model, generator, labels, config, seed):
+    """Labels int64 (n,) -> uint8 images on the CPU, yielded in batches of 100.
+
+    Steps and guidance are the config's.
+    """
+    torch.manual_seed(seed)
+    for batch in labels.split(GENERATE_BATCH):
+        latents = generator.sample(batch, config.sampling_steps, config.guidance)
+        parts = latents.split(images_at_once(config))
+        yield torch.cat([to_uint8(model.from_latents(part)).cpu() for part in parts])
+
+
+def class_names(folder):
+    _, _, trained_on = load_config(folder)
+    return trained_on["classes"]
+
+
+# ================================================================================================
+# 3. Figure 4: what the visual and the semantic latents carry
 # ================================================================================================
 
 
@@ -529,13 +348,13 @@ def retain(path, model, images, tokens):
     With the semantic latents and without. Paper silent on which positions: random ones, and each
     share holds the smaller shares. images uint8 (N, 3, H, W), tokens (N, 2, h, w).
     """
-    sem, vis = model.code_vectors(*tokens.unbind(1))  # (N, T, d) each
+    sem, vis = model.code_vectors(*tokens.long().unbind(1))  # (N, T, d) each
     res_sem, res_vis = model.residuals(sem, vis)
     sem = sem + res_sem
     vis = vis + res_vis
     positions = vis.shape[1]
     rank = torch.rand(vis.shape[:2], device=vis.device).argsort(1)  # (N, T), random permutations
-    some = evenly_spaced(len(images), 12)
+    some = fid.evenly_spaced(len(images), 12)
     rows = [("original", images[some])]
     for with_semantic, shares in ((True, (0, 25, 50, 75, 100)), (False, (25, 50, 75, 100))):
         for share in shares:
@@ -544,7 +363,7 @@ def retain(path, model, images, tokens):
             recon = model.decode_latents(shown_sem, vis * retained[:, :, None])
             recon = to_uint8(recon).cpu()
             name = f"semantic + {share} % visual" if with_semantic else f"{share} % visual alone"
-            rows.append((f"{name}: {psnr(images, recon).mean():.1f} dB", recon[some]))
+            rows.append((f"{name}: {fid.psnr(images, recon).mean():.1f} dB", recon[some]))
     title = "what the visual and the semantic latents carry; "
     save_image_grid(path, rows, f"{title}PSNR over {len(images)} held-out images")
 
@@ -578,12 +397,13 @@ def probe(model, images, labels, n, device):
 
 
 # ================================================================================================
-# 5. Table 3: how evenly the semantic latents lie
+# 4. Table 3: how evenly the semantic latents lie
 # ================================================================================================
 # The protocol of VA-VAE: a random position of each image, its code vector normalised per channel,
 # t-SNE to the plane, a kernel density estimate at the points themselves, and how uneven that is.
 # VA-VAE's own script differs in three ways: it mirrors half of the images, normalises by the data
 # set's statistics instead of the sample's, and calls scikit-learn's t-SNE, approximate, from a PCA.
+# So our values compare with one another, not with the paper's.
 #
 # t-SNE (van der Maaten and Hinton 2008), exact. p_ij says how probably i and j pick each other as
 # neighbours, Gaussian in their distance, each point with a width of its own that gives it
@@ -664,13 +484,16 @@ def uniformity(points):
     }
 
 
+UNIFORMITY_RUNS = 10  # the protocol's
+
+
 def repeat_uniformity(codebook, tokens, runs):
     """Table 3 of semantic tokens (N, h, w) into a codebook (n, d), `runs` times.
 
     -> the measures of each run, a list of dicts, and the points (N, 2) of the last.
     """
     tokens = tokens.flatten(1)  # (N, T)
-    progress = Progress("t-SNE run", runs)
+    progress = fid.Progress("t-SNE run", runs)
     measures = []
     for run in range(runs):
         position = torch.randint(tokens.shape[1], (len(tokens), 1))
@@ -701,135 +524,71 @@ def save_scatter(path, points, labels, classes, measures):
 
 
 # ================================================================================================
-# 6. The commands
+# 5. The commands
 # ================================================================================================
 
 
-def parse_arguments():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder of train.py")
-    add("--n", type=int, help="pictures (default 64)")
-    add(
-        "--classes", type=int, nargs="+", metavar="K", help="classes to draw, in turn (default all)"
-    )
-    add("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
-    add("--guidance", type=float, help="guidance of the last cell; 1: none (default: the run's)")
-    add(
-        "--seed", type=int, default=0, help="same seed and --n, same pictures (default %(default)s)"
-    )
-    add(
-        "--out",
-        metavar="FILE",
-        default="samples.png",
-        help="a picture (.png), or new images as arrays (.npz) (default %(default)s)",
-    )
-    val = "held-out images of shapes, cifar10, imagenette, a folder, or an .npz"
-    add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
-    add("--weights", metavar="FILE", help="of --reconstruct's FID network, else the published one")
-    add(
-        "--beside",
-        metavar="RUN",
-        nargs="+",
-        default=[],
-        help="with --reconstruct: other runs, for a picture with a row of each",
-    )
-    add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
-    add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
-    add("--runs", type=int, help="t-SNE runs of --uniformity (default 10)")
-    add("--force", action="store_true", help="overwrite the file")
-    args = parser.parse()
-    args.run = Path(args.run)
-    args.out = Path(args.out)
-    check_arguments(args)
-    return args
+def command_sample(args, config, device):
+    """New images -> a picture, or an .npz as ADM's evaluator reads it."""
+    model = load_run(args.run, device)
+    generator = load_generator(args.run, model, device)
+    _, _, trained_on = load_config(args.run)
+    names = trained_on["classes"]
+    if args.classes:
+        chosen = [class_number(word, names) for word in args.classes]
+        labels = torch.tensor([chosen[i % len(chosen)] for i in range(args.n)])
+    else:
+        labels = quotas(torch.tensor(trained_on["counts"]), args.n)
+    progress = fid.Progress("sampling", args.n)
+    images = np.empty((args.n, config.image_size, config.image_size, 3), np.uint8)
+    done = 0
+    for batch in generate(model, generator, labels.to(device), config, args.seed):
+        images[done : done + len(batch)] = batch.permute(0, 2, 3, 1).numpy()
+        done += len(batch)
+        progress.update(done)
+    if args.out.suffix == ".npz":
+        arrays = {"arr_0": images, "labels": labels.numpy()}
+        fid.write_atomically(args.out, lambda file: np.savez(file, **arrays))
+    else:
+        columns = len(args.classes) if args.classes and len(args.classes) in range(4, 17) else 8
+        rows = torch.from_numpy(images).permute(0, 3, 1, 2).split(columns)
+        save_image_grid(args.out, [("", row) for row in rows])
+    drawn, counts = labels.unique(return_counts=True)
+    listed = ", ".join(f"{k} ({names[k]}) {n}" for k, n in zip(drawn.tolist(), counts.tolist()))
+    if len(drawn) > 20:
+        listed = f"{len(drawn)} classes, {counts.min()} to {counts.max()} of each"
+    print(f"{args.out}: {args.n} images of {listed}")
 
 
-def check_arguments(args):
-    specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s]
-    if len(specs) > 1:
-        raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
-    if args.beside and not args.reconstruct:
-        raise BadInput("--beside names runs to compare with, for --reconstruct alone")
-    if args.weights and not args.reconstruct:
-        raise BadInput("--weights is the network of FID and KID, of --reconstruct alone")
-    of_new_images = [args.n, args.classes, args.steps, args.guidance]
-    if specs and any(value is not None for value in of_new_images):
-        raise BadInput("--n, --classes, --steps and --guidance are of new images alone")
-    if args.runs is not None and not args.uniformity:
-        raise BadInput("--runs counts the t-SNE runs of --uniformity alone")
-    args.n = 64 if args.n is None else args.n
-    args.runs = 10 if args.runs is None else args.runs
-    if specs and args.out.suffix != ".png":
-        raise BadInput(f"--out {args.out} must end in .png")
-    if args.out.suffix not in (".png", ".npz"):
-        raise BadInput(f"--out {args.out} must end in .png or .npz")
-    if args.out.suffix == ".png" and not 0 < args.n <= 10**4:
-        raise BadInput(f"--n {args.n} must lie in 1 to 10,000 for a picture (more: --out X.npz)")
-    if not 0 < args.n <= 10**7:
-        raise BadInput(f"--n {args.n} must lie in 1 to 10 million")
-    if not 0 <= args.seed < 2**31:
-        raise BadInput(f"--seed {args.seed} must lie in 0 to 2^31 - 1")
-    if not 0 < args.runs <= 1000:
-        raise BadInput(f"--runs {args.runs} must lie in 1 to 1,000")
-    if args.out.exists() and not args.force:
-        raise BadInput(f"{args.out} exists: choose another --out, or overwrite it with --force")
-
-
-# What the three commands on held-out images have in common.
-ValSet = namedtuple("ValSet", "data images labels tokens")
-
-
-def read_val_set(model, spec, n, device):
-    """The tokenizer's ValSet: n held-out images of a data SPEC, evenly spaced, and their tokens."""
-    c = model.config
-    data = load_data(spec, c.image_size, c.seed)
-    index = evenly_spaced(len(data.val), n)
-    images = read_at(data.val, index, c.image_size)
-    tokens = encode_all(model, images, torch.arange(len(images)), device)
-    return ValSet(data, images, data.val_labels[index], tokens)
+def class_number(word, names):
+    """A class's name or its number, as text -> its number."""
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    raise BadInput(f"--classes {word}: the run has classes 0 to {len(names) - 1}, {names[:20]}")
 
 
 def command_reconstruct(args, config, device):
-    runs = [args.run, *map(Path, args.beside)]
-    models = [load_run(run, device) for run in runs]
-    for run, model in zip(runs, models):
-        if model.config.image_size != config.image_size:
-            raise BadInput(
-                f"{run} is of images of {model.config.image_size} pixels, {args.run} of "
-                f"{config.image_size}: they cannot stand side by side"
-            )
-    inception = find_inception(args.weights, device)
-    val = read_val_set(models[0], args.reconstruct, config.eval_images, device)
-    if len(val.images) < 2:
-        inception = None  # a covariance takes at least two
-    recons = {}
-    for run, model in zip(runs, models):
-        tokens = val.tokens
-        if model is not models[0]:
-            tokens = encode_all(model, val.images, torch.arange(len(val.images)), device)
-        recons[str(run)] = decode_all(model, tokens, device)
-    if args.beside:
-        save_comparison(args.out, val.images, recons)
-    else:
-        save_pairs(args.out, val.images, recons[str(args.run)])
-    if inception:
-        originals = image_statistics("held-out images", val.images, inception, device)
-    for run, recon in recons.items():
-        message = f"{args.out}: {run}, {len(recon)} held-out images of {args.reconstruct}: "
-        message += f"PSNR {psnr(val.images, recon).mean():.2f} dB"
-        if inception:
-            distances = reconstruction_distances(originals, recon, inception, device)
-            message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
-        print(message)
+    net = find_network(args, device)
+    model = load_run(args.run, device)
+    val = read_val_set(args, args.reconstruct, config.eval_images, model, device)
+    recon = decode_all(model, val.tokens, device)
+    save_pairs(args.out, val.images, recon)
+    message = f"{args.out}: {len(recon)} held-out images of {args.reconstruct}: "
+    message += f"PSNR {fid.psnr(val.images, recon).mean():.2f} dB"
+    distances = measure_reconstructions(net, val.images, recon, device)
+    if distances:
+        message += f", FID {distances['fid']:.3f}, KID {distances['kid'][0]:.6f}"
+    print(message)
 
 
 def command_retain(args, config, device):
     model = load_run(args.run, device)
-    val = read_val_set(model, args.retain, min(config.eval_images, 5000), device)
+    val = read_val_set(args, args.retain, min(config.eval_images, 5000), model, device)
     torch.manual_seed(args.seed)
     train_index = torch.randperm(len(val.data.train))[:4000]
-    measured = evenly_spaced(len(val.images), images_at_once(config))
+    measured = fid.evenly_spaced(len(val.images), images_at_once(config))
     retain(args.out, model, val.images[measured], val.tokens[measured].to(device))
     print(f"{args.out}: {len(measured)} held-out images of {args.retain}")
 
@@ -846,105 +605,211 @@ def command_retain(args, config, device):
 def command_uniformity(args, config, device):
     model = load_run(args.run, device)
     # at most the 10,000 of the paper's protocol: memory grows with the square
-    val = read_val_set(model, args.uniformity, min(config.eval_images, 10000), device)
+    val = read_val_set(args, args.uniformity, min(config.eval_images, 10000), model, device)
     if len(val.images) < 10:
-        raise BadInput(
-            f"{args.uniformity} has {len(val.images)} held-out images: the density of fewer than "
-            "10 points says nothing"
-        )
+        raise BadInput(f"{args.uniformity} has {len(val.images)} held-out images: 10 at least")
     torch.manual_seed(args.seed)
     # a tokenizer with a single semantic code has one codebook, the visual one
     single = config.codes_sem == 1
     codebook = (model.codebook_vis if single else model.codebook_sem).detach()
-    measures, points = repeat_uniformity(codebook, val.tokens[:, int(single)], args.runs)
+    tokens = val.tokens[:, int(single)].long()
+    measures, points = repeat_uniformity(codebook, tokens, UNIFORMITY_RUNS)
     save_scatter(args.out, points, val.labels, val.data.classes, measures[-1])
     figures = []
     for name in measures[0]:
         values = torch.tensor([each[name] for each in measures])
         figures.append(f"{name} {values.mean():.4f} +- {values.std(correction=0):.4f}")
     print(
-        f"{args.out}: {len(points)} held-out images of {args.uniformity}: "
-        f"{', '.join(figures)} over {args.runs} runs"
+        f"{args.out}: {len(points)} held-out images of {args.uniformity}: {', '.join(figures)} "
+        f"over {len(measures)} runs, by exact t-SNE: compare with our own runs alone"
     )
 
 
-def command_sample(args, config, device):
-    classes = args.classes or list(range(config.classes))
-    model = load_run(args.run, device)
-    generator = load_generator(args.run, device)
-    labels = torch.tensor([classes[i % len(classes)] for i in range(args.n)], device=device)
-
-    def batches(first=0):
-        return generate(model, generator, labels, config, args.seed, first)
-
-    if args.out.suffix == ".npz":
-        files = [sha256(args.run / f"{stage}.pt") for stage in ("tokenizer", "generator")]
-        made_of = (classes, args.seed, asdict(config), *files)
-        key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
-        write_npz(args.out, labels, config.image_size, key, batches)
-    else:
-        images = torch.cat(list(batches()))
-        columns = len(classes) if 8 <= len(classes) <= 16 else 8
-        if len(classes) < 8:
-            columns = len(classes) * (8 // len(classes))  # whole turns of the classes
-        rows = [("", row) for row in images.split(columns)]
-        save_image_grid(args.out, rows)
-    listed = ", ".join(str(k) for k in args.classes) if args.classes else f"0 to {classes[-1]}"
-    print(f"{args.out}: {args.n} pictures of classes {listed}")
+def parse_arguments():
+    parser = fid.Parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder of train.py")
+    add("--n", type=int, help="draw so many new images (default 64)")
+    add("--classes", nargs="+", metavar="K", help="classes to draw, in turn, numbers or names")
+    add("--steps", type=int, help="denoising steps a cell (default: the run's sampling_steps)")
+    add("--guidance", type=float, help="guidance of the last cell; 1: none (default: the run's)")
+    add("--seed", type=int, default=0, help="same seed and --n, same images (default %(default)s)")
+    add("--out", metavar="FILE", help="a .png, or new images as arrays, .npz (default new.png)")
+    val = "held-out images of shapes, cifar10, imagenette, a folder, or an .npz"
+    add("--reconstruct", metavar="SPEC", help=f"{val}: reconstruct them")
+    add("--retain", metavar="SPEC", help=f"{val}: figure 4, decode from parts of the latents")
+    add("--uniformity", metavar="SPEC", help=f"{val}: table 3")
+    add("--weights", metavar="FILE", help="a local file of the FID network (default: downloaded)")
+    add("--force", action="store_true", help="overwrite the file")
+    args = parser.parse_args()
+    args.run = Path(args.run)
+    check_arguments(args)
+    return args
 
 
-def write_npz(path, labels, size, key, batches):
-    """The images of batches(first), which yields them from image `first` on -> an .npz.
-
-    As ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3) and labels. Finished batches wait in a
-    hidden file that bears `key`, a hash of what makes the images; after a stop the same command
-    goes on from there.
-    """
-    n = len(labels)
-    batch_bytes = GENERATE_BATCH * size * size * 3
-    part = path.with_name(f".{path.name}.{key}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab") as file:
-        lock(file, f"cannot write {path}: another process is drawing the same images")
-        # Whole batches alone: the noise of a last, smaller one depends on its size.
-        finished = min(file.tell() // batch_bytes, n // GENERATE_BATCH)
-        file.truncate(finished * batch_bytes)
-        done = finished * GENERATE_BATCH
-        progress = Progress("sampling", n, done)
-        for images in batches(done):
-            file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
-            file.flush()
-            done += len(images)
-            progress.update(done)
-    images = np.memmap(part, np.uint8, "r", shape=(n, size, size, 3))
-    arrays = {"arr_0": images, "labels": labels.cpu().numpy()}
-    write_atomically(path, lambda file: np.savez(file, **arrays))
-    part.unlink()
+def check_arguments(args):
+    specs = [s for s in (args.reconstruct, args.retain, args.uniformity) if s is not None]
+    draws = args.n is not None or args.classes is not None
+    if len(specs) > 1:
+        raise BadInput("at most one of --reconstruct, --retain, --uniformity can be given")
+    if specs and (draws or args.steps is not None or args.guidance is not None):
+        raise BadInput("--n, --classes, --steps and --guidance are of new images alone")
+    if not 0 <= args.seed < 2**31:
+        raise BadInput(f"--seed {args.seed} must lie in 0 to 2^31 - 1")
+    args.is_report = not specs and not draws and args.out is None
+    args.out = Path(args.out or "new.png")
+    args.n = 64 if args.n is None else args.n
+    if args.out.suffix not in (".png", ".npz") or specs and args.out.suffix == ".npz":
+        raise BadInput(f"--out {args.out} must end in .png (new images: or .npz)")
+    most = 10**4 if args.out.suffix == ".png" else 10**7
+    if not 0 < args.n <= most:
+        raise BadInput(f"--n {args.n} must lie in 1 to {most:,} for {args.out.suffix}")
+    if args.is_report:
+        return
+    if args.out.resolve() == (args.run / "samples.png").resolve():
+        raise BadInput(f"{args.out} belongs to the report: choose another --out")
+    if args.out.exists() and not args.force:
+        raise BadInput(f"{args.out} exists: choose another --out, or overwrite it with --force")
 
 
 def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, _ = load_config(args.run)
+    config, _, _ = load_config(args.run)
     settings = asdict(config)
     if args.steps is not None:
         settings["sampling_steps"] = args.steps
     if args.guidance is not None:
         settings["guidance"] = args.guidance
     config = make_config(settings)
-    for k in args.classes or []:
-        if not 0 <= k < config.classes:
-            raise BadInput(f"--classes {k}: the run has classes 0 to {config.classes - 1}")
-
-    if args.reconstruct:
+    if args.reconstruct is not None:
         command_reconstruct(args, config, device)
-    elif args.retain:
+    elif args.retain is not None:
         command_retain(args, config, device)
-    elif args.uniformity:
+    elif args.uniformity is not None:
         command_uniformity(args, config, device)
+    elif args.is_report:
+        report(args, config, device)
     else:
         command_sample(args, config, device)
 
 
+# ================================================================================================
+# 6. Drawing
+# ================================================================================================
+
+INK = (30, 30, 30)
+RULE = (225, 225, 225)
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#787878"]
+COLOURS += ["#ff7f0e", "#17becf", "#e377c2", "#bcbd22", "#8c564b"]
+
+
+def save_png(path, canvas):
+    fid.write_atomically(Path(path), lambda file: canvas.save(file, "PNG"))
+
+
+def save_image_grid(path, rows, title=""):
+    """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG; small images are enlarged."""
+    # A class may be called anything, line breaks included.
+    rows = [(" ".join(label.split()), images) for label, images in rows]
+    font = ImageFont.load_default(14)
+    gap = 4
+    side = rows[0][1].shape[3]
+    side *= max(1, 64 // side)  # whole pixels
+    left = 8 + max(int(font.getlength(label)) for label, _ in rows)
+    top = 28 if title else gap
+    columns = max(len(images) for _, images in rows)
+    width = left + (side + gap) * columns
+    height = top + (side + gap) * len(rows)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 6), title, INK, font)
+    for r, (label, images) in enumerate(rows):
+        y = top + r * (side + gap)
+        draw.text((4, y + side // 2), label, INK, font, anchor="lm")
+        for i, image in enumerate(images):
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            picture = picture.resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + i * (side + gap), y))
+    save_png(path, canvas)
+
+
+def save_pairs(path, images, recon, n=12):
+    """Images above their reconstructions, uint8 (N, 3, H, W) twice: n of them, evenly spaced."""
+    some = fid.evenly_spaced(len(images), n)
+    rows = [("original", images[some]), ("reconstruction", recon[some])]
+    mean = fid.psnr(images, recon).mean()
+    save_image_grid(path, rows, f"held-out images, {mean:.1f} dB over {len(images)}")
+
+
+# curves: a list of (name, xs, ys); style: "line", "log" (of y) or "dots"
+Panel = namedtuple("Panel", "title x_label curves style")
+
+
+def save_plot(path, panels, columns=2, width=560, height=320):
+    """Panels -> a PNG; width and height of each in pixels."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    canvas = Image.new("RGB", (width * columns, height * rows), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, panel in enumerate(panels):
+        left = i % columns * width
+        top = i // columns * height
+        draw_panel(draw, panel, (left + 64, left + width - 16), (top + 50, top + height - 44))
+    save_png(path, canvas)
+
+
+def draw_panel(draw, panel, x_range, y_range):
+    """Draw a Panel with its axes at the pixels (left, right) and (top, bottom)."""
+    left, right = x_range
+    top, bottom = y_range
+    font = ImageFont.load_default(15)
+    small = ImageFont.load_default(12)
+    draw.text((left, top - 43), panel.title, INK, font)
+    draw.text(((left + right) / 2, bottom + 24), panel.x_label, INK, small, anchor="ma")
+
+    curves = []
+    for name, xs, ys in panel.curves:
+        ys = np.log10(np.maximum(ys, 1e-12)) if panel.style == "log" else np.asarray(ys)
+        curves.append((name, np.asarray(xs), ys))
+    x_low, x_high = limits([xs for _, xs, _ in curves])
+    y_low, y_high = limits([ys for _, _, ys in curves], room=0.05)
+
+    def pixel(x, y):
+        px = left + (x - x_low) / (x_high - x_low) * (right - left)
+        py = bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
+        return px, py
+
+    for x, y in zip(np.linspace(x_low, x_high, 5), np.linspace(y_low, y_high, 5)):
+        draw.line([pixel(x, y_low), pixel(x, y_high)], RULE)
+        draw.line([pixel(x_low, y), pixel(x_high, y)], RULE)
+        draw.text((pixel(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
+        value = 10**y if panel.style == "log" else y
+        draw.text((left - 5, pixel(x, y)[1]), f"{value:.3g}", INK, small, anchor="rm")
+
+    legend = left
+    for colour, (name, xs, ys) in zip(COLOURS, curves):
+        points = list(zip(*pixel(xs, ys)))
+        if panel.style == "dots":
+            for x, y in points:
+                draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), colour)
+        elif len(points) > 1:
+            draw.line(points, colour, 2)
+        else:
+            draw.point(points, colour)
+        draw.text((legend, top - 22), name, colour, small)
+        legend += draw.textlength(name, small) + 14
+
+
+def limits(values, room=0.0):
+    """The least and the greatest of a list of arrays, apart by more than 0; room above, a share."""
+    values = np.concatenate(values)
+    low = values.min()
+    high = values.max()
+    if high == low:
+        return low, low + 1
+    return low, high + room * (high - low)
+
+
 if __name__ == "__main__":
-    run_script(main)
+    fid.run_script(main)

@@ -1,220 +1,1017 @@
 """Train GloTok: first the tokenizer, then a generator of its tokens.
 
     python train.py                                             # drawn shapes: a CPU, minutes
-    python train.py --preset cifar10-small --data FOLDER --out runs/mine --lambda_res 0
-    python train.py --resume --out runs/mine                    # go on where it stopped
+    python train.py --preset cifar10-small --data FOLDER --out runs/mine
+    python train.py --resume --out runs/mine --tokenizer_steps 1000
     torchrun --nproc_per_node=8 train.py --preset imagenet256 --data FOLDER
 
-Every setting of glotok.Config is a flag; a preset gives the defaults.
+Every setting of glotok.Config is a flag; a preset gives the defaults. Afterwards, or meanwhile,
+`python sample.py RUN` shows what a run has learned.
+
+Read from the top: the two loops, a run from start to end, then what they call.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
+import tarfile
 import time
-import warnings
-from dataclasses import asdict, fields
+import zlib
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
-
-if __name__ == "__main__":  # until run_script takes over, Ctrl-C ends the slow imports silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # For how many turns OpenMP's threads wait awake before they sleep; read when torch is loaded.
 # Its default of 300,000 makes a step many times as long when another process wants one of the
 # cores; with 5,000 it loses a tenth on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from fid import (
-    BadInput,
-    Parser,
-    Progress,
-    choose,
-    evenly_spaced,
-    fetch,
-    load_checkpoint,
-    load_data,
-    load_states,
-    load_weights,
-    lock,
-    named_tensors,
-    note,
-    psnr,
-    read_arrays,
-    run_script,
-    sha256,
-    stream_batches,
-    write_atomically,
-)
-from glotok import (
-    GENERATORS,
-    LPIPS,
-    PRESETS,
-    TEACHER_WIDTH,
-    Config,
-    ConvNet,
-    DINOv2,
-    GloTok,
-    adversarial_loss,
-    cosine_moments,
-    discriminator,
-    discriminator_loss,
-    gradient_weights,
-    histogram_floor,
-    histogram_relation_loss,
-    kmeans,
-    reconstruction_loss,
-    relation_histogram,
-    sphere_histogram,
-    total_loss,
-)
-from sample import (
-    Run,
-    draw_curves,
-    encode_all,
-    find_inception,
-    load_config,
-    load_convnet,
-    make_config,
-    read_log,
-    report_generator,
-    report_tokenizer,
-    to_float,
-    to_uint8,
-)
+import fid
+import glotok
+from fid import BadInput, note
+from glotok import PRESETS, XAR, Config, GloTok
 
 LOG_EVERY = 20  # steps
+USAGE_IMAGES = 1000  # a code is in use if one of so many last images chose it: the log's usage
+ADV_RAMP = 2000  # steps over which the weight of L_G grows, since the discriminator is untrained
+
+# config: Config; out: its folder; data: Data; teacher: what make_teacher gives
+Run = namedtuple("Run", "config out data teacher device")
 
 # ================================================================================================
-# 1. The command line
+# 1. The tokenizer
 # ================================================================================================
 
-# What --resume may change in a run.
-MAY_CHANGE = {
-    "tokenizer_steps",
-    "generator_steps",
-    "save_every",
-    "accumulate",
-    "compile",
-    # read after training alone
-    "eval_images",
-    "guidance",
-    "guidance_first",
-    "sampling_steps",
-    "stochastic",
-    "snap",
-    "top_k",
-}
 
-# The first setting of each group in --help, and the group's title.
-GROUPS = {
-    "data": "data and teacher",
-    "patch": "the tokenizer",
-    "beta": "its losses, eqs. (3) and (13)",
-    "generator": "the generator",
-    "start_from": "training",
-}
+def train_tokenizer(run, lpips, look):
+    """Descend eq. (13) -> the model. lpips and look: networks, or None where no loss needs them."""
+    c = run.config
+    device = run.device
+    torch.manual_seed(c.seed)
+    model = GloTok(c).to(device, memory_format=torch.channels_last).train()
+    disc = glotok.discriminator(c).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), c.lr, (0.9, 0.95), fused=True)
+    disc_optimizer = torch.optim.Adam(disc.parameters(), c.disc_lr, (0.9, 0.95), fused=True)
+    parts = {"model": model, "optimizer": optimizer}
+    if c.lambda_adv:
+        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
+    stage = Stage(run, "tokenizer", parts, c.tokenizer_steps, c.batch_size)
+    teacher = run.teacher["histogram"].to(device)
+    # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
+    use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
+    compile_networks(c, device, model.encoder, model.decoder, disc)
+    announce(stage, model, c, device)
+
+    def losses_of(images, ramp):
+        """Images uint8 (B, 3, H, W) -> every loss, a dict of scalars, and L, with gradient.
+
+        ramp: the share of its weight that L_G has by now; 0 before the discriminator enters.
+        """
+        x = mirrored(to_float(images, device), c)
+        with autocast(c, device):
+            recon, losses = model(x, look(x) if look else None)  # (1), (10)
+            losses["recon"] = F.mse_loss(recon, x)  # (2)
+            if use_hist:
+                losses["hist"] = glotok.histogram_relation_loss(model.codebook_sem, teacher)  # (7)
+            if lpips:
+                losses["perceptual"] = lpips(recon, x).mean()
+            if ramp:
+                losses["adv"] = glotok.adversarial_loss(disc, recon)
+                losses["disc"] = glotok.discriminator_loss(disc, recon, x)
+            loss = glotok.total_loss(c, model, losses, ramp)  # (13)
+        losses["psnr"] = fid.psnr(to_uint8(x), to_uint8(recon)).mean()
+        return losses, loss
+
+    def step(images, ramp):
+        """A step of both networks -> the means of all losses and the norms of the gradients."""
+        optimizer.zero_grad()
+        disc_optimizer.zero_grad()
+        means = {}
+        for part in images.chunk(c.accumulate):
+            losses, loss = losses_of(part, ramp)
+            (loss / c.accumulate).backward()
+            if ramp:
+                (losses["disc"] / c.accumulate).backward()
+            add_to(means, losses, 1 / c.accumulate)
+        means["grad_norm"] = descend(model, optimizer, c.clip)
+        if ramp:
+            means["disc_grad_norm"] = descend(disc, disc_optimizer, c.clip)
+        return means
+
+    with stage:
+        for images in training_batches(run, range(stage.done, stage.steps)):
+            torch.manual_seed(step_seed(c, stage.done))
+            set_rate(optimizer, tokenizer_rate(c, stage.done, c.lr))
+            set_rate(disc_optimizer, tokenizer_rate(c, stage.done, c.disc_lr))
+            means = step(images, adversarial_ramp(c, stage.done))
+
+            stage.end_step(means)  # from here on stage.done counts this step
+            if stage.due(LOG_EVERY):
+                means["usage_sem"] = usage(model.quantizer_sem)
+                means["usage_vis"] = usage(model.quantizer_vis)
+                stage.log(means)
+            revival_due = c.revive_every and stage.done % c.revive_every == 0
+            if revival_due and stage.done <= 0.9 * stage.steps:  # the last tenth is left in peace
+                revive(model.quantizer_vis, c)
+            if stage.due(c.save_every):
+                share_ages(model.quantizer_sem)
+                share_ages(model.quantizer_vis)
+                stage.save()
+            stage.leave_if_asked()
+    return model.eval()
 
 
-def parse_arguments():
-    """Command line -> arguments, Config. A flag overrides the preset or, to resume, the run."""
-    parser = Parser(
-        __doc__,
-        usage="train.py [--preset P] [--data SPEC] [--out DIR] [--stage S] [--resume] [settings]",
-    )
-    parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default shapes)")
-    parser.add_argument("--out", metavar="DIR", help="the run folder (default runs/PRESET)")
-    parser.add_argument(
-        "--stage",
-        default="all",
-        choices=["tokenizer", "generator", "all"],
-        help="what to train; generator: with --resume, of the tokenizer that is there "
-        "(default %(default)s)",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="a local file of the FID network, for rfid and kid (default: the published one, if "
-        "fid.py has downloaded it)",
-    )
-    parser.add_argument(
-        "--lpips",
-        metavar="FILE",
-        help="a local file of LPIPS, VGG16's convolutions and the heads, for lambda_perceptual "
-        "(default: the published ones, downloaded once)",
-    )
-    add_setting_flags(parser)
-    args = parser.parse()
-    args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if "channel_mult" in given:
-        given["channel_mult"] = tuple(given["channel_mult"])
+# ================================================================================================
+# 2. The generator
+# ================================================================================================
 
+
+def train_generator(run, model):
+    """Train xAR on the tokens that the tokenizer `model` makes of the training images."""
+    c = run.config
+    device = run.device
+    model.requires_grad_(False)
+    torch.manual_seed(c.seed)
+    xar = XAR(c).to(device).train()
+    ema_model = copy.deepcopy(xar).requires_grad_(False)  # the moving average, which samples
+    optimizer = torch.optim.AdamW(decay_groups(xar), c.gen_lr, (0.9, 0.96), fused=True)
+    parts = {"model": xar, "ema_model": ema_model, "optimizer": optimizer}
+    made_of = {"tokenizer": weights_digest(model)}
+    stage = Stage(run, "generator", parts, c.generator_steps, c.gen_batch, made_of)
+    if stage.done >= stage.steps:
+        return
+    tokens = encode_training_set(run, model)  # int32 (N, 2, h, w)
+    labels = run.data.train_labels.to(device)
+    if c.flip:
+        tokens = torch.cat([tokens, encode_training_set(run, model, mirror=True)])
+        labels = labels.repeat(2)
+    if stage.done == 0:
+        some = tokens[fid.evenly_spaced(len(tokens), 5000)].long()
+        latent_std = model.to_latents(*some.unbind(1)).std()
+        xar.latent_std.copy_(latent_std)
+        ema_model.latent_std.copy_(latent_std)
+    compile_networks(c, device, *xar.blocks)
+    announce(stage, xar, c, device)
+
+    def step(index, decay):
+        """A step on the tokens at index (B,) -> the mean loss, the norm of the gradient."""
+        optimizer.zero_grad()
+        means = {}
+        for i in index.chunk(c.accumulate):
+            latents = model.to_latents(*tokens[i].long().unbind(1))
+            with autocast(c, device):
+                loss = xar(latents, labels[i])
+            (loss / c.accumulate).backward()
+            add_to(means, {"flow": loss}, 1 / c.accumulate)
+        means["grad_norm"] = descend(xar, optimizer, c.clip)
+        for average, weight in zip(ema_model.parameters(), xar.parameters()):
+            average.lerp_(weight.detach(), 1 - decay)
+        return means
+
+    with stage:
+        while stage.done < stage.steps:
+            torch.manual_seed(step_seed(c, stage.done))
+            set_rate(optimizer, generator_rate(c, stage.done))
+            index = own_share(batch_indices(len(tokens), c.gen_batch, stage.done, c.seed))
+            # a decay that starts low: a young average forgets the initial weights sooner
+            decay = min(c.ema, (1 + stage.done) / (10 + stage.done))
+            means = step(index.to(device), decay)
+
+            stage.end_step(means)
+            if stage.due(LOG_EVERY):
+                stage.log(means)
+            if stage.due(c.save_every):
+                stage.save()
+            stage.leave_if_asked()
+
+
+def encode_training_set(run, model, mirror=False):
+    """The tokens of all training images, or of their mirror images, int32 (N, 2, h, w)."""
+    n = len(run.data.train)
+    share = math.ceil(n / WORLD_SIZE)  # of one size for each process
+    index = torch.arange(RANK, share * WORLD_SIZE, WORLD_SIZE) % n
+    tokens = encode_all(model, run.data.train, index, run.device, mirror).to(run.device)
+    if WORLD_SIZE == 1:
+        return tokens
+    shares = [torch.empty_like(tokens) for _ in range(WORLD_SIZE)]
+    dist.all_gather(shares, tokens)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:n]
+
+
+@torch.no_grad()
+def encode_all(model, images, index, device, mirror=False):
+    """images[index] -> their semantic and visual tokens, int32 (n, 2, h, w), on the CPU.
+
+    images: of a Data. With `mirror`, those of the mirrored images.
+    """
+    size = model.config.image_size
+    batches = index.split(images_at_once(model.config))
+    progress = fid.Progress("encoding", len(index))
+    tokens = []
+    for batch in stream_batches(images, batches, device, size):
+        x = to_float(batch, device)
+        sem, vis = model.encode(x.flip(3) if mirror else x)
+        tokens.append(torch.stack([sem, vis], dim=1).int().cpu())
+        progress.update(sum(map(len, tokens)))
+    return torch.cat(tokens)
+
+
+# ================================================================================================
+# 3. A run, from start to end
+# ================================================================================================
+
+
+def main():
+    args, given = parse_arguments()
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() <= LOCAL_RANK:
+        raise BadInput(f"this machine has {torch.cuda.device_count()} GPU(s), one a process")
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, but for glotok.full_precision
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    # Process 0 speaks for all; errors leave this block.
+    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
+        train(args, given, device)
+    if WORLD_SIZE > 1:
+        # Together: a process that left first was now and then aborted by its own threads.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train(args, given, device):
+    """Data, teacher, tokenizer, generator. What may fail comes before anything is written."""
+    out = args.out
     if args.resume:
-        saved, preset = load_config(args.out)
-        check_unchanged(args, given, saved, preset)
-        args.preset = preset
-        return args, make_config({**asdict(saved), **given})
-    refuse_to_overwrite(args)
-    args.preset = args.preset or "shapes"
-    preset = choose(args.preset, PRESETS, "preset")
-    return args, make_config({**asdict(preset), **given})
+        before, preset, trained_on = load_config(out)
+        c = make_config(asdict(before) | given)
+    else:
+        preset = args.preset or "shapes"
+        c = make_config(asdict(PRESETS[preset]) | given)
+    check_batches(c)
+    data = load_data(c.data, c.image_size, c.seed, decode_later=c.crop < 1)
+    c = replace(c, classes=len(data.classes))
+    if torch.is_tensor(data.train):
+        data = data._replace(train=data.train.to(device))
+    for line in describe(data):
+        print(line, file=sys.stderr)
+    if args.resume:
+        if data.digest != trained_on["digest"]:
+            raise BadInput(f"{out} was trained on other images: {difference(trained_on, data)}")
+        check_resumable(out, before, c)
+    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+    if RANK == 0:
+        torch.manual_seed(c.seed)
+        keep_teacher = args.resume and same_teacher(before, c)
+        teacher = load_teacher(out) if keep_teacher else make_teacher(c, data, device)
+        write_run(out, preset, c, data, teacher)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the others wait for the teacher
+    teacher = load_teacher(out)
+    look = None
+    if c.semantic in ("fqgan", "vavae"):
+        look = feature_network(c.teacher, teacher, device)
+    run = Run(c, out, data, teacher, device)
 
-
-def refuse_to_overwrite(args):
-    files = ("config.json", "tokenizer.pt", "generator.pt")
-    if not args.resume and any((args.out / name).exists() for name in files):
-        raise BadInput(
-            f"{args.out} holds a run: continue it with --resume, or choose another --out"
-        )
-
-
-def add_setting_flags(parser):
-    """A flag for each field of Config. What is not given stays absent from the arguments."""
-    for f in fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(f"{GROUPS[f.name]} (defaults of preset shapes)")
-        several = isinstance(f.default, tuple)
-        default = str(f.default).strip("()") or "none"
-        group.add_argument(
-            f"--{f.name}",
-            metavar="X",
-            type=int if several else type(f.default),
-            nargs="+" if several else None,
-            default=argparse.SUPPRESS,
-            help=f"{f.metadata['help']} ({default})",
-        )
-
-
-def check_unchanged(args, given, saved, preset):
-    """BadInput if flags to --resume contradict the run."""
-    changed = []
-    for name, value in given.items():
-        if getattr(saved, name) != value and name not in MAY_CHANGE:
-            changed.append(f"{name} {getattr(saved, name)}")
-    if args.preset not in (None, preset):
-        changed.append(f"preset {preset}")
-    if changed:
-        raise BadInput(
-            f"the run in {args.out} was made with {', '.join(changed)}: choose another --out"
-        )
+    model = train_tokenizer(run, lpips, look)
+    if args.stage != "tokenizer":
+        train_generator(run, model)
+    if RANK == 0:
+        print(f"done. What it has learned: python sample.py {out}")
 
 
 # ================================================================================================
-# 2. Schedule, precision, processes
+# 4. Data sets: from a SPEC to batches on the device
+# ================================================================================================
+# A data SPEC is `shapes` (drawn on the spot), `cifar10` or `imagenette` (downloaded once into
+# data/), a folder (a sub-folder a class, or flat; train/ and val/ or test/ are splits), or an .npz
+# (images uint8 (N, H, W, 3), maybe labels).
+
+# Images are a tensor uint8 (N, 3, size, size) or, if that would exceed memory_budget, items: files
+# or arrays (H, W, 3) of any size. Labels are int64 (N,), classes their names. digest: of what was
+# listed; val_from: where the held-out images come from, in words.
+Data = namedtuple("Data", "train train_labels val val_labels classes digest val_from")
+
+# Images as they are listed. root: the folder, or None; names: of each item the name of its class
+Listing = namedtuple("Listing", "name root items names")
+
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there
+LABEL_NAMES = ("labels", "label", "y_train", "arr_1")
+
+
+def load_data(spec, size, seed=0, decode_later=False):
+    """A data SPEC -> Data, every image size x size.
+
+    decode_later: files and arrays stay as they came, even if they would fit into memory, so that
+    stream_batches can take crops of whole pictures. BadInput if there is nothing to train on.
+    """
+    if spec == "shapes":
+        train, train_labels = draw_shapes(20000, size, seed)
+        val, val_labels = draw_shapes(1000, size, seed + 1)
+        digest = hashlib.sha256(train.numpy().tobytes()).hexdigest()
+        return Data(train, train_labels, val, val_labels, list(SHAPES), digest, "drawn anew")
+    train, val, val_from = list_data(spec)
+    classes = sorted(set(train.names), key=by_number)
+    if val is None:
+        train, val = hold_out(train)
+        val_from = "a fixed random twentieth"
+    digest = digest_of(train, val)
+    train = read_all(train, size, decode_later)
+    with_images = set(train.names)
+    lost = [name for name in sorted(set(val.names) | set(classes)) if name not in with_images]
+    if lost:
+        note(f"left out: classes without an image to train on: {', '.join(map(repr, lost[:5]))}")
+        classes = [name for name in classes if name in with_images]
+        val = take(val, [i for i, name in enumerate(val.names) if name in with_images])
+    val = read_all(val, size)
+    if not len(val.items):
+        raise BadInput(f"{spec}: no image is held out of the classes that are trained on")
+    return Data(
+        train.items,
+        labels_of(train, classes),
+        val.items,
+        labels_of(val, classes),
+        [IMAGENETTE_CLASSES.get(name, name) for name in classes],
+        digest,
+        val_from,
+    )
+
+
+def describe(data):
+    """The lines that say what a run is trained on: images, split, and up to 20 classes."""
+    n = len(data.classes)
+    kind = "1 class" if n == 1 else f"{n} classes"
+    lines = [
+        f"data: {len(data.train)} images to train on, {len(data.val)} held out ({data.val_from}), "
+        f"{kind}"
+    ]
+    if 1 < n <= 20:
+        train = torch.bincount(data.train_labels, minlength=n).tolist()
+        val = torch.bincount(data.val_labels, minlength=n).tolist()
+        for k, name in enumerate(data.classes):
+            lines.append(f"  class {k}: {name}, {train[k]} to train on, {val[k]} held out")
+    return lines
+
+
+def quotas(counts, n):
+    """Labels int64 (n,) with the shares of counts (classes,), by largest remainder, mixed evenly.
+
+    FID sees the shares of the classes, so that images for it must have those of the data.
+    """
+    share = counts.double() * n / counts.sum()
+    quota = share.floor().long()
+    rest = n - int(quota.sum())
+    quota[(share - quota).argsort(descending=True, stable=True)[:rest]] += 1
+    labels = torch.arange(len(counts)).repeat_interleave(quota)
+    place = torch.cat([(torch.arange(k) + 0.5) / k for k in quota.tolist() if k])
+    return labels[place.argsort(stable=True)]
+
+
+# ---- listing
+
+
+def by_number(name):
+    """A key that sorts class names, those that are numbers as numbers."""
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def labels_of(listing, classes):
+    number = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([number[name] for name in listing.names], dtype=torch.int64)
+
+
+def take(listing, index):
+    """The part of a Listing at the positions index, a list."""
+    items = listing.items
+    chosen = items[index] if isinstance(items, np.ndarray) else [items[i] for i in index]
+    return listing._replace(items=chosen, names=[listing.names[i] for i in index])
+
+
+def hold_out(listing):
+    """Listing -> two Listings, the second a fixed random twentieth of it, at least one image."""
+    n = len(listing.items)
+    if n < 2:
+        raise BadInput(f"{listing.name}: {n} image(s) are too few: one to train on, one held out")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held_out = set(order[: max(1, n // 20)].tolist())
+    train = [i for i in range(n) if i not in held_out]
+    return take(listing, train), take(listing, sorted(held_out))
+
+
+def list_data(spec):
+    """A SPEC but `shapes` -> Listings to train on and held out, and where the second is from.
+
+    The second is None if the data have no split.
+    """
+    if not spec:
+        raise BadInput("--data is empty: want shapes, cifar10, imagenette, a folder, or an .npz")
+    if spec == "cifar10":
+        return *list_cifar10(fid.fetch(CIFAR10_ARCHIVE, "data")), "its test set"
+    path = Path(spec)
+    if spec == "imagenette":
+        path = unpack(fid.fetch(IMAGENETTE_ARCHIVE, "data"), "imagenette2-160")
+    if path.is_dir():
+        return list_split(path)
+    if path.suffix == ".npz" and path.is_file():
+        return list_arrays(path), None, ""
+    raise BadInput(
+        f"no data at {spec!r}: want shapes, cifar10, imagenette, a folder of images, or an .npz"
+    )
+
+
+def list_split(path):
+    """A folder -> Listings to train on and held out, or None, and where the second is from."""
+    split = find_split(path)
+    if split is None:
+        for folder in folders_in(path):
+            if find_split(folder):
+                raise BadInput(f"{path} is above the data: give --data {folder}")
+        folders = folders_in(path)
+        if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
+            path = folders[0]  # not a class of that name, since there is no other
+        return list_folder(path), None, ""
+    train, val = map(list_folder, split)
+    if set(val.names) == {""} != set(train.names):
+        raise BadInput(f"{split[1]} is flat, and {split[0]} has a folder a class: sort its images")
+    unused = [folder.name for folder in folders_in(path) if folder not in split]
+    if unused:
+        note(f"{path}: not looked at beside the split: {', '.join(unused[:5])}")
+    return train, val, f"{split[1].name}/"
+
+
+def folders_in(path):
+    return [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def find_split(path):
+    """The folders to train on and to hold out among those of path; None unless both are there."""
+    folder = {p.name.lower(): p for p in folders_in(path)}
+    train = [folder[name] for name in TRAIN_NAMES if name in folder]
+    val = [folder[name] for name in VAL_NAMES if name in folder]
+    return (train[0], val[0]) if train and val else None
+
+
+def list_folder(path):
+    """The images below a folder, sorted, with their first-level folder as class -> Listing.
+
+    Links are followed, once. What is passed over is counted and named.
+    """
+    images = []
+    passed_over = []
+    for file in fid.files_below(path, set()):
+        if file.name.lower().endswith(fid.IMAGE_SUFFIXES):
+            images.append(file)
+        else:
+            passed_over.append(file)
+    names = [file.relative_to(path).parts[0] if file.parent != path else "" for file in images]
+    if "" in names and len(set(names)) > 1:  # beside class folders
+        passed_over += [file for file, name in zip(images, names) if not name]
+        images = [file for file, name in zip(images, names) if name]
+        names = [name for name in names if name]
+    if passed_over:
+        some = ", ".join(str(file.relative_to(path)) for file in passed_over[:3])
+        note(f"{path}: {len(passed_over)} file(s) passed over, no images of a class: {some}")
+    empty = [folder.name for folder in folders_in(path) if folder.name not in names]
+    if empty and images:
+        note(f"{path}: folders without an image: {', '.join(empty[:5])}")
+    if not images:
+        raise BadInput(f"no images ({', '.join(fid.IMAGE_SUFFIXES)}) in {path}")
+    return Listing(path, path, images, names)
+
+
+def list_arrays(path):
+    """An .npz of images and maybe labels -> Listing. Other arrays are named as ignored."""
+    arrays = fid.read_arrays(path)
+    with_images = [name for name, array in arrays.items() if array.ndim == 4]
+    for preferred in ("x_train", "arr_0"):
+        if preferred in with_images:
+            with_images = [preferred]
+    images = arrays[with_images[0]] if with_images else np.zeros(0)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        listed = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or "nothing"
+        raise BadInput(f"{path} must hold images uint8 (N, H, W, 3), and holds {listed[:500]}")
+    labels = np.zeros(len(images), np.int64)
+    label_names = [name for name in LABEL_NAMES if name in arrays and name not in with_images]
+    if label_names:
+        labels = arrays[label_names[0]]
+    ignored = [name for name in arrays if name not in with_images[:1] + label_names[:1]]
+    if ignored:
+        note(f"{path}: ignored: {', '.join(ignored)}")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise BadInput(
+            f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} "
+            f"{labels.shape}"
+        )
+    if labels.max(initial=0) > 1000 + 100 * len(images):
+        raise BadInput(f"{path}: labels up to {labels.max()} are no numbers of classes")
+    return Listing(path, None, images, [str(label) for label in labels.tolist()])
+
+
+def digest_of(train, val):
+    """SHA-256 of two Listings: of files their relative path, size, first 64 KB and class."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for listing in (train, val):
+            items = listing.items
+            heads = [items.tobytes()] if isinstance(items, np.ndarray) else pool.map(head, items)
+            for content in heads:
+                digest.update(content)
+            places = [str(item.relative_to(listing.root)) for item in items if listing.root]
+            digest.update(repr((places, listing.names)).encode())
+    return digest.hexdigest()
+
+
+def head(path):
+    with open(path, "rb") as file:
+        return path.stat().st_size.to_bytes(8, "big") + file.read(65536)
+
+
+# ---- published data sets
+
+CIFAR10_ARCHIVE = fid.Published(
+    "cifar-10-binary.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+IMAGENETTE_ARCHIVE = fid.Published(
+    "imagenette2-160.tgz",
+    "https://s3.amazonaws.com/fast-ai-imageclas/",
+    "64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db02fe5",
+)
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
+
+# Imagenette's folders are called after WordNet; the words are of Deng et al.'s ImageNet.
+IMAGENETTE_CLASSES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def list_cifar10(path):
+    """CIFAR-10's binary archive, read without unpacking -> Listings of its training and test set.
+
+    Each of its files holds records of a label byte and 3 x 32 x 32 colour bytes.
+    """
+    records = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".bin"):
+                raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
+                records[Path(member.name).name] = raw.reshape(-1, 3073)
+    train = np.concatenate([records[f"data_batch_{i}.bin"] for i in range(1, 6)])
+    listings = []
+    for part in (train, records["test_batch.bin"]):
+        images = part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        names = [CIFAR10_CLASSES[label] for label in part[:, 0]]
+        listings.append(Listing("CIFAR-10", None, images, names))
+    return listings
+
+
+def unpack(archive, name):
+    """The folder `name` of a tar archive, unpacked beside it -> its path.
+
+    It is there whole or not at all: what is unpacked is renamed when it is complete.
+    """
+    folder = archive.with_name(name)
+    if folder.is_dir():
+        return folder
+    if not hasattr(tarfile, "data_filter"):
+        raise BadInput("to unpack an archive safely takes Python 3.11.4 or later")
+    part = archive.with_name(f".{name}.{os.getpid()}.part")
+    note(f"unpacking {archive}")
+    try:
+        with tarfile.open(archive) as members:
+            members.extractall(part, filter="data")  # nothing outside, no links to there
+        (part / name).rename(folder)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        if not folder.is_dir():  # another process may have been faster
+            raise BadInput(f"cannot unpack {archive}: {fid.one_line(error)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+# ---- reading
+#
+# Threads decode: Pillow lets go of Python's lock while it decodes and resizes, and threads, unlike
+# worker processes, share memory and do not die alone.
+
+WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def memory_budget():
+    """Bytes that a data set may take in memory.
+
+    A quarter of the machine's, shared by the processes on it, and no more than a quarter of a
+    GPU's free memory.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // processes
+    if not torch.cuda.is_available():
+        return host
+    return min(host, torch.cuda.mem_get_info()[0] // 4)
+
+
+def read_all(listing, size, decode_later=False):
+    """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
+
+    Up to 1 % unreadable ones are left out, with a note; of more, BadInput.
+    """
+    n = len(listing.items)
+    if decode_later or n * 3 * size * size > memory_budget():
+        return listing
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    readable = []
+    problems = []
+    progress = fid.Progress(f"reading {listing.name}", n)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for index in torch.arange(n).split(256):
+            requests = [(listing.items[i], size, None) for i in index]
+            for i, image in zip(index.tolist(), pool.map(try_to_load, requests)):
+                if torch.is_tensor(image):
+                    images[i] = image
+                    readable.append(i)
+                else:
+                    problems.append(image)
+            progress.update(index[-1].item() + 1)
+    if problems:
+        message = f"{listing.name}: {len(problems)} of {n} images left out: {problems[0]}"
+        if len(problems) > 0.01 * n:
+            raise BadInput(f"{message}. Mend or remove such")
+        note(message)
+    names = [listing.names[i] for i in readable]
+    return listing._replace(items=images[readable] if problems else images, names=names)
+
+
+def try_to_load(request):
+    """A file or array, size, crop -> uint8 (3, size, size), or a line that says why not."""
+    try:
+        return fid.load_image(*request)
+    except BadInput as error:
+        return str(error)
+
+
+def stream_batches(items, batches, device, size, crops=None):
+    """Yield items[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
+
+    What is not in memory is decoded by threads, two batches ahead; grey stands in for what cannot
+    be read. crops: for each batch the squares (B, 3) of load_image; without, they are the middle.
+    """
+    crops = itertools.repeat(None) if crops is None else crops
+    in_memory = torch.is_tensor(items)
+    pool = ThreadPoolExecutor(WORKERS)
+    ahead = collections.deque()
+    try:
+        for index, crop in zip(batches, crops):
+            if in_memory and crop is None:
+                yield items[index.to(items.device)].to(device, non_blocking=True)
+                continue
+            squares = [None] * len(index) if crop is None else crop.tolist()
+            chosen = [items[i] for i in index.tolist()]
+            if in_memory:
+                chosen = [image.permute(1, 2, 0).cpu().numpy() for image in chosen]
+            requests = zip(chosen, itertools.repeat(size), squares)
+            ahead.append([pool.submit(try_to_load, request) for request in requests])
+            if len(ahead) > 2:
+                yield collect(ahead.popleft(), device, size)
+        while ahead:
+            yield collect(ahead.popleft(), device, size)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def collect(futures, device, size):
+    images = torch.full((len(futures), 3, size, size), 128, dtype=torch.uint8)
+    for i, future in enumerate(futures):
+        image = future.result()
+        if torch.is_tensor(image):
+            images[i] = image
+        else:
+            note_once(f"{image}: grey stands in for it")
+    if device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
+note_once = functools.lru_cache(None)(note)
+
+
+# ---- the built-in pictures: one shape each, its class; colours, size, place and background vary
+#
+# An outline is given by a signed distance, negative inside (exact along edges, too small outside
+# corners), at the point (u, v) from the middle, in radii; u, float (n, 1, size), and v, (n, size,
+# 1), broadcast.
+
+
+def disc(u, v):
+    return torch.hypot(u, v) - 1
+
+
+def ring(u, v):
+    return (torch.hypot(u, v) - 0.75).abs() - 0.25
+
+
+def square(u, v):
+    return torch.maximum(u.abs(), v.abs()) - 0.85
+
+
+def triangle(u, v):
+    return torch.maximum(v - 0.55, 0.866 * u.abs() - 0.5 * v - 0.55)
+
+
+def cross(u, v):
+    across = torch.maximum(u.abs() - 1, v.abs() - 0.35)
+    upright = torch.maximum(v.abs() - 1, u.abs() - 0.35)
+    return torch.minimum(across, upright)
+
+
+def bars(u, v):
+    return torch.maximum(u.abs() - 0.95, (v.abs() - 0.6).abs() - 0.28)
+
+
+SHAPES = {
+    "disc": disc,
+    "ring": ring,
+    "square": square,
+    "triangle": triangle,
+    "cross": cross,
+    "bars": bars,
+}
+
+
+def draw_shapes(n, size, seed):
+    """n pictures uint8 (n, 3, size, size) and their classes int64 (n,), positions in SHAPES.
+
+    The same for the same seed.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    labels = torch.randint(len(SHAPES), (n,), generator=g)
+    radius = uniform(0.28, 0.38, 1, 1) * size
+    free = size - 2 * radius - 2  # how far the middle may move
+    x = radius + 1 + uniform(0, 1, 1, 1) * free
+    y = radius + 1 + uniform(0, 1, 1, 1) * free
+
+    # The ground is a gradient between two colours. The shape has, of four colours, the one that is
+    # furthest from both.
+    ground = uniform(0, 1, 2, 3)
+    ground[:, 1] = ground[:, 0] + 0.6 * (ground[:, 1] - ground[:, 0])
+    colours = uniform(0, 1, 4, 3)
+    slope = uniform(-1, 1, 2)
+    contrast = (colours[:, :, None] - ground[:, None]).abs().sum(3).amin(2)  # (n, 4)
+    colour = colours[torch.arange(n), contrast.argmax(1)]  # (n, 3)
+
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    pixel = torch.arange(size) + 0.5
+    across = pixel / size - 0.5
+    for k, outline in enumerate(SHAPES.values()):
+        for i in (labels == k).nonzero()[:, 0].split(1000):
+            u = (pixel[None, None, :] - x[i]) / radius[i]  # (n_i, 1, size)
+            v = (pixel[None, :, None] - y[i]) / radius[i]  # (n_i, size, 1)
+            distance = outline(u, v) * radius[i]  # in pixels
+            cover = (0.5 - distance).clamp(0, 1)[:, None]  # antialiased over one pixel
+            ramp = 0.5 + slope[i, :1, None] * across + slope[i, 1:, None] * across[:, None]
+            ramp = ramp.clamp(0, 1)[:, None]
+            behind = torch.lerp(ground[i, 0, :, None, None], ground[i, 1, :, None, None], ramp)
+            picture = torch.lerp(behind, colour[i, :, None, None], cover)
+            images[i] = (255 * picture).round().byte()
+    return images, labels
+
+
+# ================================================================================================
+# 5. The teacher (section 3.3)
+# ================================================================================================
+
+TEACHER_SETTINGS = ("teacher", "teacher_centres", "teacher_by_class", "bins")
+MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
+
+
+def same_teacher(before, c):
+    return all(getattr(before, name) == getattr(c, name) for name in TEACHER_SETTINGS)
+
+
+def make_teacher(c, data, device):
+    """All that training needs of the teacher, a dict; made once. Says what it is.
+
+    "histogram" (bins,), P_t of eq. (7); "floor", the KL that as many free codes reach, or
+    MAX_FLOOR_CODES of them (histogram_floor); of a convnet also its weights, "convnet", and its
+    number of "classes".
+    """
+    teacher = {}
+    if c.teacher == "sphere":
+        histogram = glotok.sphere_histogram(c.code_dim, c.bins)
+        mean, mean_square = 0.0, 1 / c.code_dim
+    else:
+        vectors = teacher_vectors(c, data, device, teacher)
+        histogram = glotok.relation_histogram(vectors, c.bins)
+        mean, mean_square = glotok.cosine_moments(vectors)
+    teacher["histogram"] = histogram.cpu()
+    codes = min(c.codes_sem, MAX_FLOOR_CODES)
+    teacher["floor"] = glotok.histogram_floor(histogram.to(device), codes, c.code_dim)
+    print(
+        f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {mean_square:.3f} "
+        f"(codes of dimension {c.code_dim}: at least {1 / c.code_dim:.3f}); "
+        f"such codes can imitate it to a KL of {teacher['floor']:.2g}",
+        file=sys.stderr,
+    )
+    return teacher
+
+
+def teacher_vectors(c, data, device, teacher):
+    """The vectors (n, d) whose relations are the teacher's. A convnet is trained into `teacher`."""
+    if Path(c.teacher).is_dir():
+        return load_run(c.teacher).codebook_sem.detach()  # as it is
+    labels = None
+    if c.teacher in glotok.TEACHER_WIDTH:
+        if c.teacher == "convnet":
+            teacher["convnet"] = train_convnet(c, data, device).state_dict()
+            teacher["classes"] = len(data.classes)
+        look = feature_network(c.teacher, teacher, device)
+        vectors, labels = training_features(c, data, look, device)
+    else:
+        vectors = read_vectors(Path(c.teacher)).to(device)
+        if len(vectors) <= c.teacher_centres:
+            note(f"teacher: the {len(vectors)} vectors of {c.teacher}, as they are")
+            return vectors
+    note(f"teacher: clustering {len(vectors)} vectors, {c.teacher_centres} centres")  # minutes, if
+    return glotok.teacher_centres(vectors, c.teacher_centres, labels)  # they are a million
+
+
+def train_convnet(c, data, device, steps=300, batch_size=64):
+    """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
+    if len(data.classes) < 2:
+        raise BadInput(
+            "teacher convnet learns from class labels, and these data have one class: "
+            "use --teacher sphere, dinov2 or a file"
+        )
+    net = glotok.ConvNet(len(data.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    progress = fid.Progress("teacher: convnet step", steps)
+    indices = [batch_indices(len(data.train), batch_size, step, c.seed) for step in range(steps)]
+    batches = stream_batches(data.train, indices, device, c.image_size)
+    for step, images in enumerate(batches):
+        x = mirrored(to_float(images, device), c)
+        # noise, because it will also classify imperfect, generated images
+        x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)
+        loss = F.cross_entropy(net(x), data.train_labels[indices[step]].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.update(step + 1, f"loss {loss.item():.3f}")
+    return net.eval()
+
+
+def feature_network(name, teacher, device):
+    """The network of a teacher, convnet or dinov2, as a function of images in [-1, 1].
+
+    It gives, without gradient, a vector (B, D) of each image, DINOv2's class token or the mean of
+    the convnet's features, and maps of features (B, D, h', w').
+    """
+    if name == "convnet":
+        convnet = load_convnet(teacher, device)
+
+        @torch.no_grad()
+        def convnet_features(x):
+            maps = convnet.features(x)
+            return maps.mean((2, 3)), maps
+
+        return convnet_features
+
+    dinov2 = glotok.DINOv2().to(device)
+    fid.load_weights(fid.fetch(DINOV2), dinov2)
+
+    @torch.no_grad()
+    def dinov2_features(x):
+        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        tokens = dinov2(x)  # (B, 1 + 256, D)
+        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
+
+    return dinov2_features
+
+
+def load_convnet(teacher, device):
+    """The network of a convnet teacher, in eval mode."""
+    net = glotok.ConvNet(teacher["classes"]).to(device).eval().requires_grad_(False)
+    net.load_state_dict(teacher["convnet"])
+    return net
+
+
+@torch.no_grad()
+def training_features(c, data, look, device):
+    """Features of all training images, (N, D), and their labels (N,), None unless by class.
+
+    Paper silent on the number of vectors. Each image gives one of its patches at random, or so many
+    that there are 25 for each centre; with teacher_by_class, as VQGAN-LC, the mean of its patches.
+    """
+    g = torch.Generator().manual_seed(c.seed)
+    order = torch.randperm(len(data.train), generator=g)
+    patches = math.ceil(25 * c.teacher_centres / len(order))
+    progress = fid.Progress("teacher: features of image", len(order))
+    features = []
+    labels = []
+    batches = order.split(100)
+    images = stream_batches(data.train, batches, device, c.image_size)
+    for k, (index, batch) in enumerate(zip(batches, images)):
+        _, maps = look(to_float(batch, device))
+        f = maps.float().flatten(2).transpose(1, 2)  # (B, T, D)
+        if c.teacher_by_class:
+            f = f.mean(1, keepdim=True)  # (B, 1, D)
+        some = torch.rand(f.shape[:2], generator=g).argsort(1)[:, :patches]  # (B, patches)
+        f = f[torch.arange(len(f))[:, None], some]  # (B, patches, D)
+        features.append(f.flatten(0, 1))
+        labels.append(data.train_labels[index].repeat_interleave(f.shape[1]))
+        progress.update(min(100 * (k + 1), len(order)))
+    labels = torch.cat(labels).to(device) if c.teacher_by_class else None
+    return torch.cat(features), labels
+
+
+def read_vectors(path):
+    """The one float array (n, d), n > 1, of an .npy or .npz -> float32."""
+    if path.suffix not in (".npy", ".npz") or not path.is_file():
+        raise BadInput(
+            f"no teacher {str(path)!r}: want convnet, dinov2, sphere, a file of vectors (.npy or "
+            ".npz), or a run folder"
+        )
+    found = []
+    arrays = fid.read_arrays(path)
+    for array in arrays.values():
+        if array.ndim == 2 and len(array) > 1 and array.dtype.kind == "f":
+            found.append(torch.from_numpy(array.astype("float32")))
+    if len(found) != 1:
+        listed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise BadInput(f"{path} must hold one float array (n, d), n > 1; it holds {listed[:500]}")
+    length = found[0].norm(dim=1)
+    if not length.isfinite().all() or not length.all():
+        raise BadInput(f"{path} has vectors that are zero or not finite")
+    return found[0]
+
+
+DINOV2 = fid.Published(
+    "dinov2_vits14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/",
+    "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+)
+VGG16 = fid.Published(
+    "vgg16-397923af.pth",
+    "https://download.pytorch.org/models/",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+LPIPS_HEADS = fid.Published(
+    "vgg.pth",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
+
+
+def load_lpips(file, device):
+    """LPIPS with the weights in `file` or, if that is None, the published ones."""
+    net = glotok.LPIPS()
+    if file:
+        fid.load_weights(Path(file), net)
+        return net.to(device)
+    state = fid.load_checkpoint(fid.fetch(VGG16)) | fid.load_checkpoint(fid.fetch(LPIPS_HEADS))
+    net.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier")})
+    return net.to(device)
+
+
+# ================================================================================================
+# 6. Schedule, precision, processes
 # ================================================================================================
 
 
@@ -230,9 +1027,25 @@ def learning_rate(step, steps, peak, warmup, cooldown, end=0.0):
     return up * (end + (peak - end) * down)
 
 
-def set_learning_rate(optimizer, rate):
+def tokenizer_rate(c, step, peak):
+    return learning_rate(step, c.tokenizer_steps, peak, c.warmup, c.cooldown)
+
+
+def generator_rate(c, step):
+    schedule = (c.gen_warmup, c.gen_cooldown, c.gen_lr_end)
+    return learning_rate(step, c.generator_steps, c.gen_lr, *schedule)
+
+
+def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def adversarial_ramp(c, step):
+    """The share of lambda_adv that counts at a step; 0 before the discriminator enters."""
+    if not c.lambda_adv:
+        return 0.0
+    return min(1.0, max(0, step + 1 - c.adv_start) / ADV_RAMP)
 
 
 @functools.lru_cache(2)
@@ -255,17 +1068,79 @@ def batch_indices(n, batch_size, step, seed):
 
 
 def step_seed(c, step):
-    """Every random choice of a step depends on the step alone, so that a run can resume."""
-    return c.seed + 1_000_003 * (step + 1)
+    """Random choices depend on the step and the process alone, so that a run can resume."""
+    return c.seed + 1_000_003 * (step + 1) + 500_009 * RANK
 
 
 def random_crops(c, step):
-    """The squares that the step's images are cropped to, (batch_size, 3): see crop_and_resize."""
+    """The squares that the step's images are cropped to, (batch_size, 3): see load_image."""
     # another seed than the loop's, or an image's crop would tell whether it is mirrored
-    generator = torch.Generator().manual_seed(step_seed(c, step) + 1)
+    generator = torch.Generator().manual_seed(c.seed + 1_000_003 * (step + 1) + 1)
     crops = torch.rand(c.batch_size, 3, generator=generator)
     crops[:, 0] = c.crop + (1 - c.crop) * crops[:, 0]
     return crops
+
+
+def training_batches(run, steps):
+    """This process's share of the images of each of the steps: an iterator of (B, 3, H, W)."""
+    c = run.config
+    n = len(run.data.train)
+    indices = (own_share(batch_indices(n, c.batch_size, step, c.seed)) for step in steps)
+    crops = None
+    if c.crop < 1:
+        crops = (own_share(random_crops(c, step)) for step in steps)
+    return stream_batches(run.data.train, indices, run.device, c.image_size, crops)
+
+
+def mirrored(x, c):
+    """Images (B, 3, H, W), a random half of them mirrored if config.flip is 1."""
+    mirror = torch.rand(len(x), 1, 1, 1, device=x.device) < c.flip / 2
+    return torch.where(mirror, x.flip(3), x)
+
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
+    images = images.to(device, non_blocking=True)
+    return images.to(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float images in [-1, 1], clipped -> uint8, rounded."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def images_at_once(config):
+    """How many images go through the tokenizer in one pass outside training."""
+    return max(1, min(200, 2**21 // config.image_size**2))
+
+
+def add_to(means, losses, share):
+    """Add a micro-batch's share of its losses to the step's means."""
+    for name, loss in losses.items():
+        means[name] = means.get(name, 0) + share * loss.detach()
+
+
+def descend(network, optimizer, clip):
+    """A step along the gradients' mean over the processes, clipped -> its norm before that."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if WORLD_SIZE > 1:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = all_reduce_mean(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip or torch.inf)
+    optimizer.step()
+    return norm
+
+
+def decay_groups(network, decay=0.02):
+    """AdamW's parameter groups: xAR's weight decay on matrices, none on vectors (biases)."""
+    matrices = [p for p in network.parameters() if p.dim() > 1]
+    vectors = [p for p in network.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def autocast(c, device):
@@ -308,11 +1183,9 @@ def compile_networks(c, device, *networks):
         network.compile(dynamic=False)
 
 
-# Several processes (torchrun) and micro-batches (--accumulate). Every process takes an equal share
-# of every batch, in --accumulate micro-batches one after the other. Random numbers are drawn for
-# the whole batch, and each takes its own: any division of the batch makes the same step, up to
-# rounding. Exceptions: what looks at a micro-batch as a whole (coverage_loss, revive, the
-# discriminator's batch norm, gradient_weights, FQGAN's InfoNCE and entropy), and dropout.
+# Several processes (torchrun). Every process takes an equal share of every batch; its random
+# numbers are its own, and gradients are averaged. What looks at a batch as a whole (coverage,
+# revival, batch norm, gradient_ratio, InfoNCE) sees the micro-batch of one process.
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -324,26 +1197,6 @@ def own_share(x):
     return x.chunk(WORLD_SIZE)[RANK]
 
 
-def micro_batches(c, *tensors):
-    """The tensors of this process's share, cut together into micro-batches."""
-    return zip(*(x.chunk(c.accumulate) for x in tensors))
-
-
-def distributed(network):
-    """The network to call in training: its gradients are averaged over the processes."""
-    if WORLD_SIZE == 1:
-        return network
-    # `broadcast_buffers` is deprecated, but its replacement is newer than torch 2.5
-    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def set_gradient_sync(network, on):
-    """Whether the next forward and backward pass averages gradients: no_sync() as a switch."""
-    if WORLD_SIZE > 1:
-        network.require_backward_grad_sync = on
-
-
 def all_reduce_mean(x):
     """The mean of a tensor over the processes."""
     if WORLD_SIZE > 1:
@@ -351,286 +1204,79 @@ def all_reduce_mean(x):
     return x / WORLD_SIZE
 
 
-def add_to(means, losses, c):
-    """Add a micro-batch's losses to the step's means over its micro-batches."""
-    for name, loss in losses.items():
-        means[name] = means.get(name, 0) + loss.detach() / c.accumulate
+def share_ages(quantizer):
+    """A code is as old as in the process that chose it last."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(quantizer.age, dist.ReduceOp.MIN)
+
+
+def usage(quantizer):
+    """Share of the codes that the last USAGE_IMAGES training images chose."""
+    share_ages(quantizer)
+    return (quantizer.age < USAGE_IMAGES / WORLD_SIZE).float().mean()
+
+
+def revive(quantizer, c):
+    """Revive what no process chose since the last revival; all take process 0's choice."""
+    share_ages(quantizer)
+    glotok.revive(quantizer, c.revive_every * c.batch_size // WORLD_SIZE)
+    if WORLD_SIZE > 1:
+        dist.broadcast(quantizer.weight.data, 0)
+
+
+def check_batches(c):
+    """BadInput if the batches cannot be divided."""
+    for name in ("batch_size", "gen_batch"):
+        if getattr(c, name) % (WORLD_SIZE * c.accumulate):
+            raise BadInput(
+                f"{name} is {getattr(c, name)}: it must be a multiple of {WORLD_SIZE} process(es) "
+                f"times accumulate, {c.accumulate}"
+            )
+    if c.semantic == "fqgan" and c.batch_size == WORLD_SIZE * c.accumulate:
+        raise BadInput("semantic fqgan tells the images of a micro-batch apart: 2 at least")
 
 
 # ================================================================================================
-# 3. The teacher (section 3.3)
-# ================================================================================================
-
-
-MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
-
-
-def make_teacher(c, data, device):
-    """All that training needs of the teacher, a dict; made once.
-
-    "histogram" (bins,); "moments", the mean and the mean square of its cosines; "floor", the KL
-    that as many free codes reach, or MAX_FLOOR_CODES of them (histogram_floor); of a convnet also
-    its weights and its number of classes. For the record: how many "vectors" there are, and the
-    SHA-256 of a file.
-    """
-    if c.teacher == "sphere":
-        histogram = sphere_histogram(c.code_dim, c.bins)
-        teacher = {"histogram": histogram, "moments": (0.0, 1 / c.code_dim)}
-    else:
-        vectors, teacher = teacher_vectors(c, data, device)
-        teacher["histogram"] = relation_histogram(vectors.to(device), c.bins).cpu()
-        teacher["moments"] = cosine_moments(vectors)
-        teacher["vectors"] = len(vectors)
-    codes = min(c.codes_sem, MAX_FLOOR_CODES)
-    teacher["floor"] = histogram_floor(teacher["histogram"].to(device), codes, c.code_dim)
-    return teacher
-
-
-def teacher_vectors(c, data, device):
-    """The vectors (n, d) of a teacher that has some, and what to keep beside them, a dict.
-
-    A convnet is trained here, and a network's features are clustered.
-    """
-    teacher = {}
-    if c.teacher == "convnet":
-        teacher["convnet"] = train_convnet(c, data, device).state_dict()
-        teacher["classes"] = len(data.classes)
-    if c.teacher in TEACHER_WIDTH:
-        vectors = feature_centres(c, data, load_feature_network(teacher, device), device)
-    else:
-        path, name = split_teacher_spec(c.teacher)
-        vectors = read_vectors(path, name)
-        teacher["sha256"] = sha256(path)
-    return vectors, teacher
-
-
-def train_convnet(c, data, device, steps=300, batch_size=64):
-    """The offline stand-in for a pre-trained model: a small classifier of the training labels."""
-    if len(data.classes) < 2:
-        raise BadInput(
-            "teacher convnet learns from class labels, and these data have one class: "
-            "use --teacher sphere, dinov2 or a file"
-        )
-    net = ConvNet(len(data.classes)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    progress = Progress("teacher: convnet step", steps)
-    indices = [batch_indices(len(data.train), batch_size, step, c.seed) for step in range(steps)]
-    batches = stream_batches(data.train, indices, device, c.image_size)
-    for step, images in enumerate(batches):
-        mirror = torch.rand(batch_size, 1, 1, 1, device=device) < c.flip / 2
-        x = mirrored(to_float(images, device), mirror)
-        # noise, because it will also classify imperfect, generated images
-        x = x + 0.15 * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)
-        labels = data.train_labels[indices[step]].to(device)
-        loss = F.cross_entropy(net(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update(step + 1, f"loss {loss.item():.3f}")
-    return net.eval()
-
-
-def mirrored(x, mirror):
-    """Images (B, 3, H, W), those mirrored where mirror, bool (B, 1, 1, 1), says so."""
-    return torch.where(mirror, x.flip(3), x)
-
-
-def load_feature_network(teacher, device):
-    """The teacher network as a function of images in [-1, 1], without gradient.
-
-    It gives a vector (B, D) of each image, DINOv2's class token or the mean of the convnet's
-    features, and maps of features (B, D, h', w').
-    """
-    if "convnet" in teacher:
-        convnet = load_convnet(teacher, device).requires_grad_(False)
-
-        @torch.no_grad()
-        def convnet_features(x):
-            maps = convnet.features(x)
-            return maps.mean((2, 3)), maps
-
-        return convnet_features
-
-    dinov2 = DINOv2().to(device)
-    load_weights(fetch("dinov2_vits14_pretrain.pth"), dinov2)
-
-    @torch.no_grad()
-    def dinov2_features(x):
-        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = dinov2(x)  # (B, 1 + 256, D)
-        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
-
-    return dinov2_features
-
-
-# k-means of a teacher network's features. Paper silent on the number of vectors: each image gives
-# one of its patches at random, or so many that there are 25 for each centre, and k-means sees at
-# most 256 for each.
-FEWEST_PER_CENTRE = 25
-MOST_PER_CENTRE = 256
-
-
-@torch.no_grad()
-def feature_centres(c, data, features, device):
-    """Centres of the features of all training images, or of teacher_images of them, (n, D).
-
-    n = teacher_centres, or fewer in small data sets. With teacher_by_class as VQGAN-LC: the mean of
-    each image's patches, clustered class by class, teacher_centres // classes centres each (but at
-    least one), stacked. So 4,096 centres of ImageNet's 1,000 classes are 4,000.
-    """
-    g = torch.Generator().manual_seed(c.seed)
-    n = len(data.train)
-    chosen = torch.randperm(n, generator=g)[: c.teacher_images or n]
-    patches = math.ceil(FEWEST_PER_CENTRE * c.teacher_centres / len(chosen))
-    progress = Progress("teacher: features of image", len(chosen))
-    vectors = []
-    done = 0
-    for images in stream_batches(data.train, chosen.split(100), device, c.image_size):
-        _, maps = features(to_float(images, device))
-        f = maps.float().flatten(2).transpose(1, 2)  # (B, T, D)
-        if c.teacher_by_class:
-            f = f.mean(1, keepdim=True)  # (B, 1, D)
-        some = torch.rand(f.shape[:2], generator=g).argsort(1)[:, :patches]  # (B, patches)
-        vectors.append(f[torch.arange(len(f))[:, None], some].flatten(0, 1))
-        done += len(images)
-        progress.update(done)
-    vectors = torch.cat(vectors)
-    if c.teacher_by_class:
-        labels = data.train_labels[chosen].to(device)
-        return class_centres(vectors, labels, c.teacher_centres).cpu()
-    most = MOST_PER_CENTRE * c.teacher_centres
-    if len(vectors) > most:
-        vectors = vectors[torch.randperm(len(vectors), generator=g)[:most].to(device)]
-    return kmeans(vectors, min(c.teacher_centres, len(vectors))).cpu()
-
-
-def class_centres(vectors, labels, centres):
-    """VQGAN-LC's centres: k-means of the vectors (N, D) of each class, labels (N,), stacked."""
-    classes = labels.unique()
-    share = max(1, centres // len(classes))
-    stacked = []
-    for label in classes:
-        of_class = vectors[labels == label]
-        stacked.append(kmeans(of_class, min(share, len(of_class))))
-    return torch.cat(stacked)
-
-
-def split_teacher_spec(spec):
-    """FILE or FILE:TENSOR -> path, name of the tensor or ""."""
-    name = ""
-    if not Path(spec).exists() and ":" in spec:
-        spec, _, name = spec.rpartition(":")
-    path = Path(spec)
-    if not path.is_file():
-        raise BadInput(
-            f"no teacher {spec!r}: want convnet, dinov2, sphere, "
-            "or a file of vectors (.npy, .npz, .pt, .pth)"
-        )
-    return path, name
-
-
-def read_vectors(path, name=""):
-    """The one float array (n, d), n > 1, of a file or, given a name, that one -> float32."""
-    if path.suffix in (".npy", ".npz"):
-        arrays = {k: v for k, v in read_arrays(path).items() if v.dtype.kind in "fiu"}
-        # two kinds, since torch has neither all widths nor all byte orders of numpy
-        found = {}
-        for k, v in arrays.items():
-            found[k] = torch.from_numpy(v.astype("float32" if v.dtype.kind == "f" else "int64"))
-    else:
-        found = dict(named_tensors(load_checkpoint(path)))
-    fitting = []
-    for k, v in found.items():
-        is_list_of_vectors = v.dim() == 2 and len(v) > 1 and v.is_floating_point()
-        if is_list_of_vectors and name in ("", k):
-            fitting.append(k)
-    if len(fitting) != 1:
-        listed = ", ".join(f"{k} {tuple(v.shape)}" for k, v in found.items()) or "nothing"
-        raise BadInput(
-            f"{path} must hold one float array (n, d) of n > 1 vectors, "
-            f"or be given as {path}:NAME; it holds {listed[:500]}"
-        )
-    vectors = found[fitting[0]].float()
-    length = vectors.norm(dim=1)
-    if not length.isfinite().all() or not length.all():
-        raise BadInput(f"{path}: {fitting[0]} has vectors that are zero or not finite")
-    return vectors
-
-
-def load_lpips(file, device):
-    """LPIPS with the weights in `file` or, if that is None, the published ones."""
-    net = LPIPS()
-    if file:
-        load_weights(Path(file), net)
-        return net.to(device)
-    state = {}
-    for name in ("vgg16-397923af.pth", "vgg.pth"):
-        state |= load_checkpoint(fetch(name))
-    net.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier")})
-    return net.to(device)
-
-
-def load_start(c):
-    """The weights of the tokenizer that this one starts from."""
-    path = Path(c.start_from) / "tokenizer.pt"
-    saved = load_checkpoint(path)
-    load_states(path, {"model": GloTok(c)}, saved)  # BadInput if it does not fit
-    return saved["model"]
-
-
-# ================================================================================================
-# 4. Saving, resuming, logging, stopping
+# 7. The run folder
 # ================================================================================================
 
 
 class Stage:
-    """What both loops below share: where to start, the log, the checkpoints, stopping.
+    """Where a loop stands: its checkpoint and log, the progress line, requests to stop.
 
-    states: {name: module or optimizer}, what a checkpoint holds; at_start: a tensor that it holds
-    as it was when the run began. A `with` block around the loop makes Ctrl-C and SIGTERM requests:
-    the step in hand is completed and saved first.
+    parts: {name: module or optimizer}, what the checkpoint holds; made_of: what else to keep in it.
+    A `with` block around the loop makes Ctrl-C and SIGTERM requests: the step in hand is completed
+    and saved first.
     """
 
-    def __init__(self, run, name, states, steps, batch_size, at_start=None):
+    def __init__(self, run, name, parts, steps, batch_size, made_of=None):
         self.run = run
         self.name = name
-        self.states = states
-        self.at_start = at_start
+        self.parts = parts
         self.steps = steps
         self.batch_size = batch_size
+        self.made_of = made_of or {}
         self.path = run.out / f"{name}.pt"
-        self.step = 0  # steps done
+        self.done = 0  # steps
         self.seconds_before = 0.0  # of training, before this process
         self.peak_before = 0  # bytes of memory, of earlier processes
         if self.path.exists():
-            saved = load_checkpoint(self.path, run.device)
-            load_states(self.path, states, saved)
-            self.step = saved["step"]
-            self.seconds_before = saved.get("seconds", 0.0)
-            self.peak_before = saved.get("peak", 0)
-            self.at_start = saved.get("at_start", at_start)
-        self.first_step = self.step
-        self.started = time.monotonic()
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.forget_later_rows()
+            saved = fid.load_checkpoint(self.path, run.device)
+            known = {name: part for name, part in parts.items() if name in saved}
+            fid.load_states(self.path, known, saved)  # a discriminator may be new
+            self.done = saved["step"]
+            self.seconds_before = saved["seconds"]
+            self.peak_before = saved["peak"]
+        self.first = self.done
         self.all_finite = torch.ones((), dtype=torch.bool, device=run.device)
         self.stop_requested = False  # of this process
         self.stopping = False  # of all
 
-    def forget_later_rows(self):
-        """Rows of the log that were written after the checkpoint: their steps will come again."""
-        rows = read_log(self.run.out)
-        rows = [row for row in rows if row["stage"] != self.name or row["step"] <= self.step]
-        if RANK == 0:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text(self.run.out / "log.jsonl", text)
-
     def __enter__(self):
-        self.progress = Progress(f"{self.name} step", self.steps, self.step)
-        self.started = time.monotonic()  # again: what came before the loop is not training
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.progress = fid.Progress(f"{self.name} step", self.steps, self.done)
+        self.started = time.monotonic()
 
         def request_stop(*_):
             self.stop_requested = True
@@ -645,598 +1291,262 @@ class Stage:
             signal.signal(number, handler)
 
     def end_step(self, means):
-        """Count the step; look whether its means {name: scalar} are finite, and at the signals."""
-        self.step += 1
+        """Count the step; gather whether its means are finite, and whether to stop."""
+        self.done += 1
         self.all_finite &= torch.isfinite(sum(means.values()))
-        requests = all_reduce_mean(torch.tensor(float(self.stop_requested)))
-        self.stopping = requests.item() > 0  # all processes stop after the same step
-
-    def finite_everywhere(self):
-        """Whether all means of all steps were finite, in all processes."""
-        return all_reduce_mean(self.all_finite.float()).item() == 1
+        self.stopping = self.stop_requested
+        if WORLD_SIZE > 1:  # all processes stop after the same step
+            self.stopping = all_reduce_mean(torch.tensor(float(self.stop_requested))).item() > 0
 
     def due(self, every):
         """Whether something comes now that comes every so many steps, at the end, at a stop."""
-        return self.step % every == 0 or self.step == self.steps or self.stopping
+        return self.done % every == 0 or self.done == self.steps or self.stopping
+
+    def check_finite(self):
+        if all_reduce_mean(self.all_finite.float()).item() < 1:
+            raise BadInput(
+                f"a loss became NaN or infinite by step {self.done}; {self.path.name} keeps the "
+                "last good state, if any: --resume with a lower learning rate"
+            )
 
     def log(self, means):
         """Write a row of figures {name: scalar} to log.jsonl, and show it."""
-        if not self.finite_everywhere():
-            raise BadInput(
-                f"a loss became NaN or infinite by step {self.step}; {self.path.name} keeps the "
-                "last good state, if any: lower the learning rate"
-            )
+        self.check_finite()
         values = all_reduce_mean(torch.stack(list(means.values()))).tolist()
         figures = dict(zip(means, values))
         text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if not k.endswith("grad_norm"))
-        seconds = time.monotonic() - self.started
-        speed = (self.step - self.first_step) * self.batch_size / seconds
-        self.progress.update(self.step, f"{text} {speed:.3g} images/s")
+        speed = (self.done - self.first) * self.batch_size / (time.monotonic() - self.started)
+        self.progress.update(self.done, f"{text} {speed:.3g} images/s")
         if RANK == 0:
-            row = {"stage": self.name, "step": self.step, **figures}
+            row = {"stage": self.name, "step": self.done, **figures}
             with open(self.run.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def save(self):
-        """Write the checkpoint, unless a loss is not finite: then the last good one stays."""
-        if not self.finite_everywhere() or RANK != 0:
+        """Write the checkpoint."""
+        self.check_finite()
+        if RANK != 0:
             return
-        saved = {name: part.state_dict() for name, part in self.states.items()}
-        saved |= {"step": self.step, "seconds": self.seconds(), "peak": self.peak()}
-        saved["at_start"] = self.at_start
-        write_atomically(self.path, lambda file: torch.save(saved, file))
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        saved |= {
+            "step": self.done,
+            "images": self.done * self.batch_size,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "peak": max(self.peak_before, peak_memory(self.run.device)),
+            **self.made_of,
+        }
+        fid.write_atomically(self.path, lambda file: torch.save(saved, file))
 
-    def stop(self):
-        """Leave the loop, as Ctrl-C does."""
+    def leave_if_asked(self):
+        """End the program, if Ctrl-C or SIGTERM came."""
+        if not self.stopping:
+            return
         if WORLD_SIZE > 1:
             dist.barrier()  # torchrun ends all processes soon after the first: not before the save
-        message = f"\nstopped after step {self.step}: continue with --resume --out {self.run.out}"
-        print(message, file=sys.stderr)
+        out = self.run.out
+        print(f"\nstopped after step {self.done}: go on with --resume --out {out}", file=sys.stderr)
         raise KeyboardInterrupt
 
-    def seconds(self):
-        return self.seconds_before + time.monotonic() - self.started
 
-    def peak(self):
-        """The most memory that a process took which trained this stage, bytes.
-
-        On a CPU that counts all that the process did before.
-        """
-        if self.step == self.first_step:  # this process has not trained it
-            return self.peak_before
-        if self.run.device.type == "cuda":
-            return max(self.peak_before, torch.cuda.max_memory_allocated())
-        return max(self.peak_before, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-    def figures(self):
-        """For metrics.json: time, speed, memory."""
-        seconds = self.seconds()
-        return {
-            "seconds": round(seconds, 1),
-            "images_per_second": round(self.steps * self.batch_size / seconds, 2),
-            "peak_memory_gb": round(self.peak() / 2**30, 2),
-        }
+def peak_memory(device):
+    """Bytes of the GPU that this stage took at most; on a CPU, all that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def announce(stage_name, network, c, device):
+def announce(stage, network, c, device):
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     precision = "bf16" if use_bf16(c, device) else "float32"
     print(
-        f"{stage_name}: {millions:.2f} M parameters, {precision} on {WORLD_SIZE} x {device.type}",
+        f"{stage.name}: {millions:.2f} M parameters, {precision} on {WORLD_SIZE} x {device.type}",
         file=sys.stderr,
     )
 
 
-# ================================================================================================
-# 5. The tokenizer
-# ================================================================================================
+def weights_digest(model):
+    """SHA-256 of a tokenizer's weights, by which a generator knows its tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(".age"):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def train_tokenizer(run, lpips, start_weights):
-    """Descend eq. (13) -> the model, its codebook's histogram before training, figures.
-
-    start_weights: the weights to begin with, None for random ones.
-    """
-    c = run.config
-    device = run.device
-    torch.manual_seed(c.seed)
-    model = new_tokenizer(c, start_weights).to(device, memory_format=torch.channels_last).train()
-    disc = discriminator(c).to(device)
-    betas = (c.beta1, c.beta2)
-    optimizer = torch.optim.Adam(model.parameters(), c.lr, betas, fused=True)
-    disc_optimizer = torch.optim.Adam(disc.parameters(), c.disc_lr, betas, fused=True)
-    states = {"model": model, "optimizer": optimizer}
-    if c.lambda_adv:
-        states |= {"disc": disc, "disc_optimizer": disc_optimizer}
-
-    teacher_hist = run.teacher["histogram"].to(device)
-    # Of the initial codebook, before Stage loads a checkpoint. If a run is resumed, Stage takes the
-    # one that the checkpoint holds in its place.
-    hist_before = relation_histogram(model.codebook_sem, c.bins).detach()
-    # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
-    use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
-    feature_network = None
-    if c.semantic in ("fqgan", "vavae"):
-        feature_network = load_feature_network(run.teacher, device)
-
-    compile_networks(c, device, model.encoder, model.decoder, disc)
-    ddp_model = distributed(model)
-    ddp_disc = distributed(disc)
-    stage = Stage(run, "tokenizer", states, c.tokenizer_steps, c.batch_size, hist_before)
-    keep_counts_in_process_0(model)
-    announce("tokenizer", model, c, device)
-    batches = training_batches(run, range(stage.step, c.tokenizer_steps))
-    schedule = (c.warmup, c.cooldown)
-    with stage:
-        for step, images in enumerate(batches, stage.step):
-            set_learning_rate(optimizer, learning_rate(step, stage.steps, c.lr, *schedule))
-            disc_rate = learning_rate(step, stage.steps, c.disc_lr, *schedule)
-            set_learning_rate(disc_optimizer, disc_rate)
-            optimizer.zero_grad()
-            disc_optimizer.zero_grad()
-            use_disc = c.lambda_adv > 0 and step >= c.adv_start
-            means = {}
-
-            torch.manual_seed(step_seed(c, step))
-            mirror = own_share(torch.rand(c.batch_size, 1, 1, 1, device=device) < c.flip / 2)
-            for k, (part, flip) in enumerate(micro_batches(c, images, mirror)):
-                x = mirrored(to_float(part, device), flip)
-                last = k == c.accumulate - 1
-                set_gradient_sync(ddp_model, on=last)
-                set_gradient_sync(ddp_disc, on=last)
-                with autocast(c, device):
-                    target = feature_network(x) if feature_network else None
-                    recon, losses = ddp_model(x, target)  # (1), (10)
-                    losses["recon"] = reconstruction_loss(recon, x)  # (2)
-                    if use_hist and k == 0:
-                        # It depends on the codebook alone: once a step is enough. The factor
-                        # cancels the division by accumulate, below.
-                        hist_loss = histogram_relation_loss(model.codebook_sem, teacher_hist)
-                        losses["hist"] = c.accumulate * hist_loss  # (7)
-                    if lpips:
-                        losses["perceptual"] = lpips(recon, x).mean()
-                    if use_disc:
-                        # disc itself, frozen: through ddp_disc this pass would prepare DDP for
-                        # gradients that never come.
-                        losses["adv"] = adversarial_loss(disc, recon)
-                        losses["disc"] = discriminator_loss(ddp_disc, recon, x)
-                    weights = gradient_weights(c, step, losses, model)
-                    loss = total_loss(c, losses, weights)  # (13)
-                (loss / c.accumulate).backward()
-                if use_disc:
-                    (losses["disc"] / c.accumulate).backward()
-                add_to(means, losses, c)
-                add_to(means, {"psnr": psnr(to_uint8(x), to_uint8(recon)).mean()}, c)
-
-            limit = c.clip or torch.inf
-            means["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-            optimizer.step()
-            if use_disc:
-                disc_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), limit)
-                means["disc_grad_norm"] = disc_norm
-                disc_optimizer.step()
-
-            stage.end_step(means)  # from here on stage.step is step + 1, the number of steps done
-            if stage.due(LOG_EVERY):
-                means["usage_sem"] = usage(model.quantizer_sem)
-                means["usage_vis"] = usage(model.quantizer_vis)
-                stage.log(means)
-            if stage.step % (c.revive_every or LOG_EVERY) == 0:
-                if c.revive_every and step < 0.9 * stage.steps:  # the last tenth is left in peace
-                    model.quantizer_vis.revive()
-                reset_usage_counts(model)
-            if stage.due(c.save_every):
-                gather_usage_counts(model)
-                stage.save()
-            if stage.stopping:
-                stage.stop()
-    return model.eval(), stage.at_start, stage.figures()
+def write_run(out, preset, c, data, teacher):
+    """teacher.pt and, when that is there, config.json: from then on there is a run to resume."""
+    fid.write_atomically(out / "teacher.pt", lambda file: torch.save(teacher, file))
+    counts = torch.bincount(data.train_labels, minlength=len(data.classes)).tolist()
+    trained_on = {
+        "digest": data.digest,
+        "classes": data.classes,
+        "counts": counts,
+        "summary": describe(data),
+    }
+    saved = {"preset": preset, **asdict(c), "trained_on": trained_on}
+    text = json.dumps(saved, indent=1) + "\n"
+    fid.write_atomically(out / "config.json", lambda file: file.write(text.encode()))
 
 
-def new_tokenizer(c, weights):
-    """A GloTok with these weights or, if they are None, random ones."""
+def load_config(folder):
+    """The Config of the run in `folder`, its preset's name, and what it was trained on, a dict."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        preset = saved.pop("preset")
+        trained_on = saved.pop("trained_on")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return Config(**settings), preset, trained_on
+    except FileNotFoundError:
+        raise BadInput(f"no run in {folder}: there is no {path}") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"{path} is not a run's settings: {error}") from None
+
+
+def make_config(settings):
+    """A dict of settings -> Config; BadInput if they do not fit."""
+    try:
+        return Config(**settings)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def load_teacher(folder):
+    """What make_teacher left in the run folder."""
+    path = folder / "teacher.pt"
+    teacher = fid.load_checkpoint(path)
+    if not isinstance(teacher, dict) or not {"histogram", "floor"} <= set(teacher):
+        raise BadInput(f"{path} is not a teacher that this program made")
+    return teacher
+
+
+def load_run(folder, device="cpu"):
+    """The trained tokenizer of a run folder, a GloTok in eval mode."""
+    config, _, _ = load_config(folder)
+    model = GloTok(config).to(device)
+    path = Path(folder) / "tokenizer.pt"
+    fid.load_states(path, {"model": model}, fid.load_checkpoint(path, device))
+    return model.eval()
+
+
+def difference(trained_on, data):
+    """In what the data of a run differ from what it was trained on, in words."""
+    now = dict(zip(data.classes, torch.bincount(data.train_labels).tolist()))
+    before = dict(zip(trained_on["classes"], trained_on["counts"]))
+    if now == before:
+        return "as many in each class, but their content, names or split differ"
+    then = f"{sum(before.values())} in {len(before)} classes"
+    return f"then {then}, now {len(data.train)} in {len(now)}"
+
+
+def check_resumable(out, before, c):
+    """Say what changed in a run's settings; BadInput if its weights do not allow it."""
+    changed = []
+    for f in fields(Config):
+        old = getattr(before, f.name)
+        new = getattr(c, f.name)
+        if old != new:
+            changed.append(f"{f.name} {old} -> {new}")
+    if changed:
+        note(f"changed: {', '.join(changed)}")
+    tokenizer = out / "tokenizer.pt"
+    generator = out / "generator.pt"
+    if not tokenizer.exists():
+        return
     model = GloTok(c)
-    if weights:
-        model.load_state_dict(weights)
-        reset_usage_counts(model)
-    return model
-
-
-def training_batches(run, steps):
-    """This process's share of the images of each of the steps: an iterator of (B, 3, H, W)."""
-    c = run.config
-    n = len(run.data.train)
-    indices = (own_share(batch_indices(n, c.batch_size, step, c.seed)) for step in steps)
-    crops = None
-    if c.crop < 1:
-        crops = (own_share(random_crops(c, step)) for step in steps)
-    return stream_batches(run.data.train, indices, run.device, c.image_size, crops)
-
-
-def reset_usage_counts(model):
-    for quantizer in (model.quantizer_sem, model.quantizer_vis):
-        quantizer.usage_count.zero_()
-
-
-def usage(quantizer):
-    """Share of the codes that were used since the count was reset, by any process."""
-    return (all_reduce_mean(quantizer.usage_count.clone()) > 0).float().mean()
-
-
-# Each process counts what its own images use. A checkpoint holds the sum: process 0 writes it, and
-# after loading it process 0 alone may keep it, or it would count once for each process.
-
-
-def gather_usage_counts(model):
-    for quantizer in (model.quantizer_sem, model.quantizer_vis):
-        if WORLD_SIZE > 1:
-            dist.all_reduce(quantizer.usage_count)
-    keep_counts_in_process_0(model)
-
-
-def keep_counts_in_process_0(model):
-    if RANK > 0:
-        reset_usage_counts(model)
-
-
-# ================================================================================================
-# 6. The generator
-# ================================================================================================
-
-
-def train_generator(run, model):
-    """Train xAR, or FAR, on the tokens of the training images -> its moving average, figures."""
-    c = run.config
-    device = run.device
-    model.requires_grad_(False)
-    torch.manual_seed(c.seed)
-    generator = GENERATORS[c.generator](c).to(device).train()
-    betas = (0.9, 0.96)
-    groups = decay_groups(generator, c.gen_decay)
-    optimizer = torch.optim.AdamW(groups, c.gen_lr, betas, fused=True)
-    ema_model = copy.deepcopy(generator).requires_grad_(False)
-    states = {"model": generator, "ema_model": ema_model, "optimizer": optimizer}
-    compile_networks(c, device, *generator.blocks)
-    ddp_generator = distributed(generator)
-    stage = Stage(run, "generator", states, c.generator_steps, c.gen_batch)
-    announce("generator", generator, c, device)
-    if stage.step == stage.steps:  # complete
-        return ema_model.eval(), stage.figures()
-
-    tokens = encode_training_set(run, model)  # (N, 2, h, w)
-    labels = run.data.train_labels.to(device)
-    if c.flip:
-        tokens = torch.cat([tokens, encode_training_set(run, model, mirror=True)])
-        labels = labels.repeat(2)
-    if c.generator == "xar" and stage.step == 0:
-        some = tokens[evenly_spaced(len(tokens), 5000)]
-        latents = model.to_latents(*some.unbind(1))
-        for network in (generator, ema_model):
-            network.latent_std.copy_(latents.std())
-    loss_name = "flow" if c.generator == "xar" else "cross_entropy"
-    schedule = (c.gen_warmup, c.gen_cooldown, c.gen_lr_end)
-    with stage:
-        for step in range(stage.step, c.generator_steps):
-            set_learning_rate(optimizer, learning_rate(step, stage.steps, c.gen_lr, *schedule))
-            optimizer.zero_grad()
-            means = {}
-
-            torch.manual_seed(step_seed(c, step))
-            index = own_share(batch_indices(len(tokens), c.gen_batch, step, c.seed)).to(device)
-            draws = [own_share(x) for x in generator.draw(c.gen_batch, device)]
-            for k, (i, *part_draws) in enumerate(micro_batches(c, index, *draws)):
-                x = tokens[i]
-                if c.generator == "xar":
-                    x = model.to_latents(*x.unbind(1))
-                last = k == c.accumulate - 1
-                set_gradient_sync(ddp_generator, on=last)
-                with autocast(c, device):
-                    loss = ddp_generator(x, labels[i], part_draws)
-                (loss / c.accumulate).backward()
-                add_to(means, {loss_name: loss}, c)
-
-            limit = c.clip or torch.inf
-            means["grad_norm"] = torch.nn.utils.clip_grad_norm_(generator.parameters(), limit)
-            optimizer.step()
-            # a decay that starts low: a young average forgets the initial weights sooner
-            update_ema(ema_model, generator, min(c.ema, (1 + step) / (10 + step)))
-
-            stage.end_step(means)
-            if stage.due(LOG_EVERY):
-                stage.log(means)
-            if stage.due(c.save_every):
-                stage.save()
-            if stage.stopping:
-                stage.stop()
-    return ema_model.eval(), stage.figures()
-
-
-def decay_groups(network, decay):
-    """AdamW's parameter groups: weight decay on matrices, none on vectors (biases)."""
-    matrices = [p for p in network.parameters() if p.dim() > 1]
-    vectors = [p for p in network.parameters() if p.dim() < 2]
-    return [
-        {"params": matrices, "weight_decay": decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def encode_training_set(run, model, mirror=False):
-    """The tokens of all training images, or of their mirror images, int32 (N, 2, h, w)."""
-    n = len(run.data.train)
-    share = math.ceil(n / WORLD_SIZE)  # of one size for each process
-    index = torch.arange(RANK, share * WORLD_SIZE, WORLD_SIZE) % n
-    tokens = encode_all(model, run.data.train, index, run.device, mirror).to(run.device)
-    if WORLD_SIZE == 1:
-        return tokens
-    shares = [torch.empty_like(tokens) for _ in range(WORLD_SIZE)]
-    dist.all_gather(shares, tokens)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:n]
-
-
-def update_ema(ema_model, model, decay):
-    """The moving average of the weights takes a step towards them."""
-    for average, weight in zip(ema_model.parameters(), model.parameters()):
-        average.lerp_(weight.detach(), 1 - decay)
-
-
-# ================================================================================================
-# 7. A run, from start to end
-# ================================================================================================
-
-
-def main():
-    args, c = parse_arguments()
-    check_fits(args, c)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, but for glotok.full_precision
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
-    # Process 0 speaks for all; errors leave this block.
-    with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
-        train(args, c, device)
-    if WORLD_SIZE > 1:
-        # Together: a process that left first was now and then aborted by its own threads.
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def check_fits(args, c):
-    """BadInput if the batches cannot be divided, or the stage lacks what it builds on."""
-    for name in ("batch_size", "gen_batch"):
-        if getattr(c, name) % (WORLD_SIZE * c.accumulate):
-            raise BadInput(
-                f"{name} is {getattr(c, name)}: it must be a multiple of {WORLD_SIZE} process(es) "
-                f"times accumulate, {c.accumulate}"
-            )
-    if torch.cuda.is_available() and torch.cuda.device_count() <= LOCAL_RANK:
+    step = check_checkpoint(tokenizer, model, c.tokenizer_steps)
+    note_rate("tokenizer", tokenizer_rate(before, step, before.lr), tokenizer_rate(c, step, c.lr))
+    if not generator.exists():
+        return
+    if step < c.tokenizer_steps:
         raise BadInput(
-            f"this machine has {torch.cuda.device_count()} GPU(s): give torchrun no more "
-            "--nproc_per_node"
+            f"{generator} was trained on this tokenizer as it is: move it away to go on with "
+            "the tokenizer"
         )
+    check_made_of(generator, model)
+    step = check_checkpoint(generator, XAR(c), c.generator_steps)
+    note_rate("generator", generator_rate(before, step), generator_rate(c, step))
+
+
+def check_checkpoint(path, network, steps):
+    """Load a stage's weights into the network -> steps done. BadInput if they do not fit."""
+    saved = fid.load_checkpoint(path)
+    fid.load_states(path, {"model": network}, saved)
+    if saved["step"] > steps:
+        raise BadInput(f"{path} has been trained for {saved['step']} steps already")
+    return saved["step"]
+
+
+def check_made_of(generator, model):
+    """BadInput if the generator's checkpoint was trained on tokens of another tokenizer."""
+    if fid.load_checkpoint(generator).get("tokenizer") != weights_digest(model):
+        raise BadInput(f"{generator} was trained on the tokens of another tokenizer")
+
+
+def note_rate(name, before, now):
+    if abs(now - before) > 0.01 * before:
+        note(f"the learning rate of the {name} jumps from {before:.2g} to {now:.2g}")
+
+
+# ================================================================================================
+# 8. The command line
+# ================================================================================================
+
+
+def parse_arguments():
+    """Command line -> arguments, {setting: value} of the settings that were given."""
+    parser = fid.Parser(
+        __doc__,
+        usage="train.py [--preset P] [--data SPEC] [--out DIR] [--stage S] [--resume] [settings]",
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="default shapes")
+    parser.add_argument("--out", metavar="DIR", help="the run folder (default runs/PRESET)")
+    parser.add_argument(
+        "--stage",
+        default="all",
+        choices=["tokenizer", "generator", "all"],
+        help="what to train; generator: of the tokenizer that is there (default %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument(
+        "--lpips",
+        metavar="FILE",
+        help="a local file of LPIPS, VGG16's convolutions and the heads, for lambda_perceptual "
+        "(default: the published ones, downloaded once)",
+    )
+    group = parser.add_argument_group("settings (defaults of preset shapes)")
+    for f in fields(Config):
+        several = isinstance(f.default, tuple)
+        group.add_argument(
+            f"--{f.name}",
+            metavar="X",
+            type=int if several else type(f.default),
+            nargs="+" if several else None,
+            default=argparse.SUPPRESS,
+            help=f"{f.metadata['help']} ({str(f.default).strip('()')})",
+        )
+    args = parser.parse_args()
+    args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    if "channel_mult" in given:
+        given["channel_mult"] = tuple(given["channel_mult"])
+    if given.get("label_dropout") in (0, 1) and "guidance" not in given:
+        given["guidance"] = 1.0
+        note("guidance is 1, none: it needs labels that are hidden now and then in training")
+    check_folder(args)
+    return args, given
+
+
+def check_folder(args):
+    """BadInput if the run folder holds what it should not, or lacks what it should hold."""
+    files = ("config.json", "tokenizer.pt", "generator.pt")
+    if args.resume and args.preset:
+        raise BadInput("--resume goes on with the settings of the run: leave --preset out")
+    if not args.resume and any((args.out / name).exists() for name in files):
+        raise BadInput(f"{args.out} holds a run: go on with --resume, or choose another --out")
     if args.stage == "generator" and not (args.out / "tokenizer.pt").exists():
         raise BadInput(f"{args.out} has no tokenizer yet: train it first, with --stage tokenizer")
 
 
-def train(args, c, device):
-    """Data, teacher, tokenizer, generator; figures and pictures into the run folder."""
-    start = time.monotonic()
-    data = load_data(c.data, c.image_size, c.seed, decode_later=c.crop < 1)
-    check_same_data(args, data)
-    c = make_config({**asdict(c), "classes": len(data.classes)})
-    in_memory = torch.is_tensor(data.train)
-    if in_memory:
-        data = data._replace(train=data.train.to(device))
-        where = f"in memory ({device.type})"
-    else:
-        where = "decoded when they are needed, by worker processes"
-    print(
-        f"data: {len(data.train)} training and {len(data.val)} held-out images, "
-        f"{c.classes} classes, training images {where}",
-        file=sys.stderr,
-    )
-    print_plan(args, c)
-    # What may fail for want of a file comes before anything is written, and before the seed: making
-    # these networks draws random numbers, and a teacher must not depend on whether they are there.
-    inception = find_inception(args.weights, torch.device("cpu")) if RANK == 0 else None
-    complete = steps_done(args.out / "tokenizer.pt") >= c.tokenizer_steps
-    use_lpips = c.lambda_perceptual and not complete
-    lpips = load_lpips(args.lpips, device) if use_lpips else None
-    start_weights = None
-    if c.start_from and not (args.out / "tokenizer.pt").exists():
-        start_weights = load_start(c)
-    torch.manual_seed(c.seed)
-
-    with contextlib.ExitStack() as stack:
-        if RANK == 0:
-            path = args.out / "teacher.pt"
-            teacher = None
-            if not (args.resume and path.exists()):
-                teacher = make_teacher(c, data, device)
-            stack.enter_context(locked(args.out))
-            refuse_to_overwrite(args)  # again: another may have finished meanwhile
-            check_steps(args.out, c)
-            write_json(args.out / "config.json", {"preset": args.preset, **asdict(c)})
-            if teacher:
-                saved = {**teacher, "made_by": asdict(c), "data": summary(data)}
-                write_atomically(path, lambda file: torch.save(saved, file))
-        if WORLD_SIZE > 1:
-            dist.barrier()  # the others wait for the teacher
-        teacher = load_teacher(args.out, c)
-        run = Run(c, args.out, data, teacher, device, inception)
-
-        # Figures of an earlier call stay: the generator's, and FID if its network is not at hand
-        # this time. Not those of a tokenizer that had fewer steps.
-        metrics = read_metrics(args.out) if complete else {}
-        # a complete tokenizer is only read; an unfinished one is finished, whatever the stage
-        model, hist_before, figures = train_tokenizer(run, lpips, start_weights)
-        figures["processes"] = WORLD_SIZE
-        if RANK == 0:
-            figures = report_tokenizer(run, model, hist_before, figures)
-            if metrics.get("images") != figures["images"]:  # FID and KID are of other images
-                metrics.pop("rfid", None)
-                metrics.pop("kid", None)
-            metrics |= figures
-            write_json(args.out / "metrics.json", metrics)
-            print(
-                f"tokenizer: done. Look at {args.out}: reconstructions.png, histogram.png",
-                file=sys.stderr,
-            )
-        if args.stage != "tokenizer":
-            generator, figures = train_generator(run, model)
-            if RANK == 0:
-                metrics |= report_generator(run, model, generator, figures)
-                write_json(args.out / "metrics.json", metrics)
-        if RANK == 0:
-            draw_curves(args.out, teacher["floor"])
-            print_summary(args.out, metrics, time.monotonic() - start)
-            print_next_steps(args, c)
-
-
-def summary(data):
-    """What a run may not lose sight of: its classes, and how many images it has."""
-    return {"classes": list(data.classes), "train": len(data.train), "val": len(data.val)}
-
-
-def check_same_data(args, data):
-    """BadInput if a run that is resumed began with other data.
-
-    It would draw other batches, and might have trained on what is now held out.
-    """
-    path = args.out / "teacher.pt"
-    if not (args.resume and path.exists()):
-        return
-    saved = load_checkpoint(path)
-    now = summary(data)
-    before = saved.get("data", now) if isinstance(saved, dict) else now
-    if before != now:
-        raise BadInput(
-            f"the run in {args.out} began with {before['train']} training and {before['val']} "
-            f"held-out images of {len(before['classes'])} classes; now there are {now['train']}, "
-            f"{now['val']} and {len(now['classes'])}: bring the data back, or choose another --out"
-        )
-
-
-def print_plan(args, c):
-    stages = [f"a tokenizer in {c.tokenizer_steps} steps"]
-    if args.stage != "tokenizer":
-        stages.append(f"a generator of its tokens in {c.generator_steps} steps")
-    print(
-        f"plan: a teacher; {'; '.join(stages)}. What is complete is only read. Each line of "
-        f"progress ends in the time left. Pictures come into {args.out}. Ctrl-C saves, --resume "
-        f"goes on",
-        file=sys.stderr,
-    )
-    if c.lambda_adv and c.adv_start >= c.tokenizer_steps:
-        note(
-            f"the discriminator would enter at step {c.adv_start}, and training ends at "
-            f"{c.tokenizer_steps}: it is not used (--adv_start)"
-        )
-
-
-def print_next_steps(args, c):
-    """The pictures of a finished run, and commands that show more of it."""
-    pictures = ["reconstructions.png", "histogram.png", "curves.png"]
-    if args.stage == "tokenizer":
-        command = f"python train.py --resume --out {args.out}  # the generator"
-    else:
-        pictures.insert(0, "samples.png")
-        command = f"python sample.py {args.out} --n 64 --out more.png"
-    print(f"pictures in {args.out}: {', '.join(pictures)}", file=sys.stderr)
-    print(
-        f"next: {command}\n"
-        f"      python sample.py {args.out} --retain {c.data} --out halves.png  # figure 4",
-        file=sys.stderr,
-    )
-
-
-def check_steps(folder, c):
-    """BadInput if a run is asked to go back, or its generator would lose its tokenizer."""
-    tokenizer = steps_done(folder / "tokenizer.pt")
-    generator = steps_done(folder / "generator.pt")
-    if tokenizer > c.tokenizer_steps:
-        raise BadInput(f"the tokenizer in {folder} has been trained for {tokenizer} steps already")
-    if generator > c.generator_steps:
-        raise BadInput(f"the generator in {folder} has been trained for {generator} steps already")
-    if generator and tokenizer < c.tokenizer_steps:
-        raise BadInput(
-            f"{folder / 'generator.pt'} was trained on a finished tokenizer: "
-            "move it away to train the tokenizer further"
-        )
-
-
-def steps_done(path):
-    """The step of a checkpoint; 0 if there is none."""
-    if not path.exists():
-        return 0
-    saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
-        raise BadInput(f"{path} holds other weights than a checkpoint of this program")
-    return saved["step"]
-
-
-def read_metrics(folder):
-    """metrics.json of an earlier part of the run; {} if there is none."""
-    path = folder / "metrics.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged ({error}): delete it, and it is written anew") from None
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Make the run folder, and keep other processes from training there meanwhile."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror}") from None
-    try:
-        lock(descriptor, f"cannot write {folder}: another process is training there")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def load_teacher(folder, c):
-    """What make_teacher left in the run folder; says what a codebook can follow of it."""
-    path = folder / "teacher.pt"
-    teacher = load_checkpoint(path)
-    if not {"moments", "histogram", "floor"} <= set(teacher):
-        raise BadInput(
-            f"{path} is not a teacher that this program made: delete it, and --resume makes it anew"
-        )
-    mean, mean_square = teacher["moments"]
-    print(
-        f"teacher: {c.teacher}, mean cosine {mean:.3f}, mean squared cosine {mean_square:.3f} "
-        f"(codes of dimension {c.code_dim}: at least {1 / c.code_dim:.3f}); "
-        f"such codes can imitate it to a KL of {teacher['floor']:.2g}",
-        file=sys.stderr,
-    )
-    return teacher
-
-
-def print_summary(folder, metrics, seconds):
-    shown = []
-    for name, value in metrics.items():
-        shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    print(f"{folder}: {', '.join(shown)}; {seconds:.0f} s in all")
-
-
 if __name__ == "__main__":
-    run_script(main)
+    fid.run_script(main)

@@ -350,14 +350,6 @@ def test_revival_moves_only_codes_that_were_not_chosen_onto_features():
         assert (quantizer.last_features == code).all(1).any()
 
 
-def test_revived_codes_are_drawn_apart_from_one_another():
-    quantizer = Quantizer(40, 4, 0.25)
-    quantizer.last_features = F.normalize(torch.randn(1000, 4), dim=1)
-    glotok.revive(quantizer, images=1)
-    # 40 draws out of 1,000: less than one pair in the mean
-    assert len(quantizer.weight.unique(dim=0)) > 30
-
-
 def test_coverage_draws_the_nearest_feature_to_each_unused_code():
     quantizer = Quantizer(40, 4, 0.25)
     features = torch.randn(2, 15, 4, requires_grad=True)
@@ -382,12 +374,6 @@ def test_coverage_draws_the_nearest_feature_to_each_unused_code():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(z.grad.flatten(0, 1), gradient, atol=1e-7)
     assert quantizer.weight.grad is None  # sg[c]
-
-
-def test_coverage_of_a_codebook_in_full_use_is_0():
-    quantizer = Quantizer(6, 4, 0.25)
-    z = quantizer.codebook.detach()[None]
-    assert glotok.coverage_loss(z, quantizer.look_up(z), quantizer.codebook).item() == 0
 
 
 # ---- Histogram relation loss (4)-(7)
@@ -424,10 +410,10 @@ def test_eq05_bin_centres(bins):
     np.testing.assert_allclose(centres, expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("bins, alpha", [(40, ALPHA), (12, 30.0)])
+@pytest.mark.parametrize("bins, alpha", [(40, None), (12, None), (12, 30.0)])
 def test_eq04_eq05_eq06_histograms_equal_plain_loops(bins, alpha):
     codes = torch.randn(17, 5) + 0.3
-    expected = histogram_by_loops(codes, bins, alpha)
+    expected = histogram_by_loops(codes, bins, alpha or alpha_of(bins))
     direct = relation_histogram_direct(codes.double(), bins, alpha)
     fast = relation_histogram(codes, bins, alpha)
     np.testing.assert_allclose(direct, expected, atol=1e-12)
@@ -452,24 +438,6 @@ def test_eq06_default_alpha_gives_every_similarity_the_same_weight(bins):
     expected = (1 + sum(math.exp(-(j**2)) for j in range(1, 10))) / math.sqrt(math.pi)
     assert share == pytest.approx(expected, rel=1e-4)
     assert share == pytest.approx(0.782, abs=5e-4)
-
-
-@pytest.mark.parametrize("bins", [20, 40])
-def test_eq06_histograms_use_the_default_alpha_of_their_bins(bins):
-    alpha = alpha_of(bins)
-    codes = torch.randn(30, 5)
-
-    fast = relation_histogram(codes, bins)
-    torch.testing.assert_close(fast, relation_histogram(codes, bins, alpha))
-    assert (fast - relation_histogram(codes, bins, 1.1 * alpha)).abs().max() > 1e-4
-
-    direct = relation_histogram_direct(codes, bins)
-    torch.testing.assert_close(direct, relation_histogram_direct(codes, bins, alpha))
-    assert (direct - relation_histogram_direct(codes, bins, 1.1 * alpha)).abs().max() > 1e-4
-
-    sphere = sphere_histogram(5, bins)
-    torch.testing.assert_close(sphere, sphere_histogram(5, bins, alpha))
-    assert (sphere - sphere_histogram(5, bins, 1.1 * alpha)).abs().max() > 1e-6
 
 
 def test_eq06_direct_histogram_has_the_right_gradient():
@@ -518,12 +486,6 @@ def test_eq07_alone_pulls_a_random_codebook_to_a_teacher_it_can_reach():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02 * first
-
-
-def test_eq07_floor_of_a_teacher_that_can_be_reached_is_0():
-    shift = torch.tensor([1.0] + [0.0] * 7)
-    teacher = relation_histogram(torch.randn(128, 8) + shift)
-    assert 0 <= glotok.histogram_floor(teacher, 128, 8) < 1e-3
 
 
 def test_eq07_floor_of_a_teacher_that_cannot_be_reached_is_the_least_that_is_found():
@@ -712,14 +674,16 @@ def test_eq06_fast_histogram_of_16384_codes_is_small():
 # What a codebook can imitate.
 
 
-@pytest.mark.parametrize("dim", [2, 3, 8])
-def test_eq06_sphere_histogram_is_that_of_a_million_random_vectors(dim):
+@pytest.mark.parametrize("dim, bins", [(2, 40), (3, 20), (8, 40)])
+def test_eq06_sphere_histogram_is_that_of_a_million_random_vectors(dim, bins):
     x = F.normalize(torch.randn(1_000_000, dim), dim=1)
     y = F.normalize(torch.randn(1_000_000, dim), dim=1)
     cosines = (x * y).sum(1)
-    centres = torch.linspace(-1, 1, 40)
-    p = torch.stack([torch.exp(-ALPHA * (cosines - centre) ** 2).sum() for centre in centres])
-    assert (sphere_histogram(dim) - p / p.sum()).abs().max() < 1e-3
+    centres = torch.linspace(-1, 1, bins)
+    p = torch.stack(
+        [torch.exp(-alpha_of(bins) * (cosines - centre) ** 2).sum() for centre in centres]
+    )
+    assert (sphere_histogram(dim, bins) - p / p.sum()).abs().max() < 1e-3
 
 
 def test_cosine_moments_are_those_of_all_pairs_and_respect_their_bounds():
@@ -822,16 +786,6 @@ def test_coverage_moves_the_encoder_towards_unused_semantic_codes():
     assert losses["coverage"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_eq10_pulls_the_codes_towards_the_features():
-    # The residuals are zero here, so (10) is the first term of (1) and has its gradient.
-    model = GloTok(TINY)
-    _, losses = model(random_images())
-    weight = model.quantizer_sem.weight
-    (residual,) = torch.autograd.grad(losses["residual"], weight, retain_graph=True)
-    (quantize,) = torch.autograd.grad(losses["quantize"], weight)
-    torch.testing.assert_close(residual, quantize)
-
-
 def test_decoder_gradient_reaches_the_encoder_and_the_residual_modules():
     model = random_residuals(GloTok(TINY))
     recon, _ = model(random_images())
@@ -860,23 +814,6 @@ def test_encode_then_decode_is_what_forward_does(lambda_res):
     assert vis.max() < 24
     recon, _ = model(x)
     assert torch.equal(model.decode(sem, vis), recon)
-
-
-def test_semantic_and_visual_halves_take_their_own_channels():
-    model = GloTok(TINY).eval()
-    sem = torch.randn(1, 64, 8)
-    vis = torch.randn(1, 64, 8)
-    map_sem = sem.transpose(1, 2).reshape(1, 8, 8, 8)
-    map_vis = vis.transpose(1, 2).reshape(1, 8, 8, 8)
-    expected = model.decoder(torch.cat([map_sem, map_vis], dim=1))
-    torch.testing.assert_close(model.decode_latents(sem, vis), expected)
-
-
-def test_adapters_of_several_layers_are_transformers():
-    model = GloTok(replace(TINY, adapter_layers=2))
-    assert len(model.adapter_sem.blocks) == 2
-    recon, _ = model(random_images())
-    assert recon.shape == (2, 3, 16, 16)
 
 
 def count_modules(network, kind):
@@ -1161,16 +1098,6 @@ def test_rotary_positions_see_differences_in_both_directions():
     torch.testing.assert_close(rotated(q, 3, 5).norm(), q.norm())
 
 
-def test_rotary_turns_each_half_with_the_other():
-    """Channels i and D / 2 + i are a pair, turned as a complex number."""
-    x = torch.randn(2, 3, 5, 8)
-    angles = torch.randn(5, 4)
-    found = glotok.rotate(x, angles.cos(), angles.sin()).numpy()
-    pairs = x[..., :4].numpy() + 1j * x[..., 4:].numpy()
-    turned = pairs * np.exp(1j * angles.numpy())
-    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
-
-
 @pytest.mark.parametrize("cell", range(4))
 @pytest.mark.parametrize("change", ["latents", "time"])
 @torch.no_grad()
@@ -1187,19 +1114,6 @@ def test_a_cell_sees_itself_and_earlier_cells_only(cell, change):
     after = xar.velocity(z, t, labels)
     changed = (after - before).abs().amax((0, 2, 3)) > 1e-5
     assert changed.tolist() == [k >= cell for k in range(4)]
-
-
-def test_flow_loss_is_the_error_of_the_velocity():
-    xar = XAR(SMALL)
-    torch.nn.init.zeros_(xar.proj_out.weight)  # its velocity is then 0 everywhere
-    latents = torch.randn(4, 16, 8, 8)
-    torch.manual_seed(5)
-    loss = xar.loss(latents, torch.tensor([0, 1, 2, 0]))
-    torch.manual_seed(5)
-    torch.randn(4, 4)  # the times
-    noise = torch.randn(4, 4, 16, 16)
-    expected = ((noise - xar.to_cells(latents)) ** 2).mean().item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -1327,53 +1241,10 @@ def test_sampling_makes_no_pass_that_nobody_reads():
     assert calls == {"block": 4 * 5 + 3, "output": 4 * 5}
 
 
-def test_sampling_is_deterministic_and_leaves_the_module_alone():
-    xar = fill_zero_weights(XAR(SMALL))
-    labels = torch.tensor([0, 2])
-    state = {name: tensor.clone() for name, tensor in xar.state_dict().items()}
-    attributes = set(vars(xar))
-
-    def sample_with(seed):
-        torch.manual_seed(seed)
-        return xar.sample(labels, steps=3, guidance=1.5)
-
-    first = sample_with(1)
-    assert torch.equal(first, sample_with(1))
-    assert not torch.equal(first, sample_with(2))
-    assert set(vars(xar)) == attributes
-    for name, tensor in xar.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-
-
 def sample_cells(xar, labels, guidance):
     """The cells (B, 4, 16, 16) of samples in 3 steps, from seed 0."""
     torch.manual_seed(0)
     return xar.to_cells(xar.sample(labels, steps=3, guidance=guidance))
-
-
-@pytest.mark.parametrize("guidance, guidance_first", [(1.0, 1.0), (3.0, 1.0), (1.0, 2.0)])
-@torch.no_grad()
-def test_guidance_is_1_at_the_first_cell(guidance, guidance_first):
-    """As xAR has it; and without guidance, whatever the first cell may have."""
-    xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=guidance_first)))
-    labels = torch.tensor([1])
-    cells = sample_cells(xar, labels, guidance)
-
-    # By hand: the first cell, with the label alone.
-    torch.manual_seed(0)
-    z = torch.randn(1, 1, 16, 16)
-    for t, t_next in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
-        v = xar.velocity(z, torch.full((1, 1), t), labels, 0, xar.empty_caches(labels))
-        z = z + v * (t_next - t)
-    torch.testing.assert_close(cells[:, :1], z, atol=1e-5, rtol=1e-4)
-
-
-def test_guidance_changes_the_second_cell():
-    xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=1.0)))
-    labels = torch.tensor([1])
-    weak = sample_cells(xar, labels, 1.0)
-    strong = sample_cells(xar, labels, 3.0)
-    assert (strong[:, 1] - weak[:, 1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("guidance_first, step", [(1.0, 1.0), (2.5, 0.5), (9.0, 0.0)])
@@ -1425,23 +1296,6 @@ def test_both_samplers_carry_noise_to_a_known_gaussian(stochastic):
     latents = xar.sample(torch.zeros(64, dtype=torch.int64), steps=200)
     assert latents.mean().item() == pytest.approx(0.7, abs=0.02)
     assert latents.std().item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_the_last_step_keeps_the_drift_of_the_noisy_path():
-    """With one step, from t = 1 to 0. There z_t is the noise, v = noise - 0.7, s = -noise."""
-    labels = torch.zeros(3, dtype=torch.int64)
-    torch.manual_seed(4)
-    noise = torch.cat([torch.randn(3, 1, 16, 16) for _ in range(4)], dim=1)
-
-    xar = GaussianVelocity(replace(SMALL, stochastic=1))
-    torch.manual_seed(4)
-    cells = xar.to_cells(xar.sample(labels, steps=1))
-    torch.testing.assert_close(cells, 0.7 - noise)  # noise - (v - s)
-
-    xar = GaussianVelocity(replace(SMALL, stochastic=0))
-    torch.manual_seed(4)
-    cells = xar.to_cells(xar.sample(labels, steps=1))
-    torch.testing.assert_close(cells, torch.full_like(noise, 0.7), atol=1e-6, rtol=0)  # noise - v
 
 
 def test_two_steps_of_euler_maruyama_by_hand():
@@ -1624,15 +1478,6 @@ def test_a_conditional_block_in_numpy():
     np.testing.assert_allclose(found[0], h, atol=1e-9)
 
 
-def test_the_gate_of_the_mlp_is_gelu():
-    mlp = glotok.GatedMLP(8)
-    x = torch.randn(5, 8)
-    gate, up = (x @ mlp.linear_in.weight.T + mlp.linear_in.bias).double().chunk(2, dim=1)
-    gelu = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
-    expected = (gelu * up) @ mlp.linear_out.weight.double().T + mlp.linear_out.bias
-    torch.testing.assert_close(mlp(x).double(), expected, atol=1e-6, rtol=1e-5)
-
-
 # ---- What the paper argues against: local supervision of FQGAN and VA-VAE
 
 
@@ -1703,26 +1548,6 @@ def test_vavaes_loss_has_both_margins():
     assert y.grad is None
     expected = numerical_gradient(lambda z: vf_by_loops(z, f), z)
     np.testing.assert_allclose(x.grad, expected, atol=1e-4)
-
-
-def test_vavaes_loss_forgives_what_lies_within_the_margins():
-    angle = math.acos(0.6)  # 0.6 > 0.5
-    z = torch.tensor([[[1.0, 0.0]]])
-    maps = torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 2, 1, 1)
-    assert glotok.vf_loss(z, maps).item() == 0
-    angle = math.acos(0.3)
-    maps = torch.tensor([math.cos(angle), math.sin(angle)]).view(1, 2, 1, 1)
-    assert glotok.vf_loss(z, maps).item() == pytest.approx(0.2, abs=1e-6)
-
-
-@pytest.mark.parametrize("angle, expected", [(0.7, 0.0), (1.0, (1 - math.cos(1.0) - 0.25) / 2)])
-def test_vavaes_distances_between_tokens_have_a_margin(angle, expected):
-    """The first pair of tokens and the second are alike; z turns the second pair by the angle."""
-    turned = [math.cos(angle), math.sin(angle)]
-    z = torch.tensor([[[1.0, 0.0], [1.0, 0.0], turned, turned]])
-    maps = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]).view(1, 2, 2, 2)
-    # 8 of the 16 pairs differ, by 1 - cos(angle); every cos(z_i, f_i) is above 0.5
-    assert glotok.vf_loss(z, maps).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_vavaes_maps_are_averaged_over_each_tokens_area():
@@ -1809,13 +1634,10 @@ def test_vavaes_weight_is_the_ratio_of_gradients_at_the_last_layer_before_the_la
 
 @pytest.mark.parametrize("semantic", ["global", "none"])
 def test_no_other_supervision_has_local_losses(semantic):
-    _, losses = GloTok(replace(TINY, semantic=semantic))(random_images())
-    assert losses.keys() == {"quantize", "residual", "coverage"}
-
-
-def test_coverage_can_be_switched_off():
-    _, losses = GloTok(replace(TINY, lambda_coverage=0.0))(random_images())
-    assert losses.keys() == {"quantize", "residual"}
+    c = replace(TINY, semantic=semantic)
+    assert GloTok(c)(random_images())[1].keys() == {"quantize", "residual", "coverage"}
+    c = replace(c, lambda_coverage=0.0)
+    assert GloTok(c)(random_images())[1].keys() == {"quantize", "residual"}
 
 
 # ================================================================================================
@@ -2418,12 +2240,6 @@ def test_inception_score_in_file_order_as_adm():
     assert fid.inception_score(logits, split_size=25) == pytest.approx(expected, rel=1e-9)
     whole = inception_score_by_loops(logits, [range(57)])
     assert fid.inception_score(logits, split_size=5000) == pytest.approx(whole, rel=1e-9)
-
-
-def test_inception_score_of_sure_logits_counts_the_classes():
-    logits = 1000 * torch.eye(7).repeat(100, 1)  # other probabilities are 0
-    mean, _ = fid.inception_score(logits, splits=1)
-    assert mean == pytest.approx(7)
 
 
 def precision_recall_by_loops(reference, samples, k):
@@ -3476,21 +3292,6 @@ def test_figures_of_a_run_computed_anew(small_run):
     assert (metrics["guidance"], metrics["sampling_steps"]) == (TINY.guidance, TINY.sampling_steps)
 
 
-def test_histogram_before_training_is_that_of_the_first_codebook(
-    small_flags, run_command, tmp_path, monkeypatch
-):
-    """The report makes it anew, from the seed: a rate of 0 leaves the codes as they were."""
-    flags = ["--lr", 0, "--stage", "tokenizer", "--tokenizer_steps", 1, "--seed", 3]
-    assert run_command(train, *small_flags, *flags, "--out", tmp_path / "run").status == 0
-    panels = {}
-    monkeypatch.setattr(sample, "save_plot", lambda path, found: panels.update({path.name: found}))
-    result = run_command(sample, tmp_path / "run")
-    assert result.status == 0, result.err
-    [panel] = panels["histogram.png"]
-    curves = {name: ys for name, _, ys in panel.curves}
-    torch.testing.assert_close(curves["codebook before"], curves["codebook after"])
-
-
 def test_a_report_before_the_generator_is_there(copied_run, run_command):
     for name in ("generator.pt", "samples.png", "metrics.json"):
         (copied_run / name).unlink()
@@ -3710,21 +3511,13 @@ def test_only_visual_codes_are_revived(small_flags, run_command, tmp_path, monke
     assert revived == [(TINY.codes_vis, 5 * TINY.batch_size)] * 3  # after steps 5, 10, 15
 
 
-def test_usage_in_the_log_is_over_one_window_whatever_is_revived(
-    small_flags, run_command, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train, "LOG_EVERY", 4)
-    monkeypatch.setattr(train, "USAGE_IMAGES", 16)  # two steps
-    rows = []
-    for every in (0, 1, 3):
-        flags = ["--stage", "tokenizer", "--lr", 0, "--codes_sem", 200, "--revive_every", every]
-        flags += ["--tokenizer_steps", 12, "--out", tmp_path / f"run{every}"]
-        assert run_command(train, *small_flags, *flags).status == 0
-        rows.append([row["usage_sem"] for row in read_rows(tmp_path / f"run{every}")])
-    assert rows[0] == rows[1] == rows[2]
+def test_usage_is_over_a_window_of_images_whatever_is_revived():
     quantizer = Quantizer(200, 8, 0.25)
-    quantizer.age.copy_(torch.arange(200))
-    assert train.usage(quantizer).item() == pytest.approx(16 / 200)
+    quantizer.age.copy_(torch.arange(200) * 10)
+    assert train.usage(quantizer).item() == pytest.approx(100 / 200)  # 0 to 990
+    quantizer.last_features = F.normalize(torch.randn(50, 8), dim=1)
+    train.revive(quantizer, TINY)
+    assert train.usage(quantizer).item() == pytest.approx(100 / 200)
 
 
 def test_every_loss_trains(small_flags, quick_convnet, lpips_file, tmp_path, run_command):

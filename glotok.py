@@ -59,9 +59,10 @@ from torch.autograd.function import once_differentiable
 #     L_Q = ||sg[Z] - Zhat||^2 + beta ||sg[Zhat] - Z||^2                                       (1)
 #           moves the codebook   moves the encoder
 #
-# beta < 1 because the codebook should do most of the walking. (A widely copied bug has beta on the
-# first term.) The decoder's gradient crosses the gap unchanged, "straight through": the value is
-# Zhat, the gradient goes to Z as if quantization were the identity.
+# beta < 1 because the codebook should do most of the walking. (Paper silent: beta. FQGAN has 0.25.
+# A widely copied bug has beta on the first term.) The decoder's gradient crosses the gap unchanged,
+# "straight through": the value is Zhat, the gradient goes to Z as if quantization were the
+# identity.
 
 
 @contextlib.contextmanager
@@ -130,7 +131,7 @@ class Quantizer(nn.Module):
             z = F.normalize(z.float(), dim=-1)  # (B, T, d)
             index = self.look_up(z)  # (B, T)
             codes = F.embedding(index, self.codebook)  # (B, T, d)
-            # Paper silent: (1) is averaged over elements, not summed.
+            # Paper silent: the reduction. We average over elements.
             codebook_loss = F.mse_loss(codes, z.detach())
             commitment_loss = F.mse_loss(z, codes.detach())
             loss = codebook_loss + self.beta * commitment_loss  # (1)
@@ -161,7 +162,7 @@ class Quantizer(nn.Module):
 # The diagonal (i = j) adds n times the similarity 1, a share 2 / (n + 1) of all pairs, always in
 # the last bins. It has no gradient, and keeps log P finite there. With fewer codes than the teacher
 # has centres the student's share is larger, and it must have fewer other similarities near 1 to
-# make up for it; with more codes than centres it needs more of them. Both are small.
+# make up for it; with more codes than centres it needs more of them. Either is a small effect.
 #
 # Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres, or
 # the histogram would favour some places. By Poisson summation, an endless row of Gaussians a
@@ -205,23 +206,6 @@ def relation_histogram_direct(codes, bins=40, alpha=None):
     return p / p.sum()  # (6)  P
 
 
-def check_tensor(name, x, shape, integers=False):
-    """ValueError, in one line, unless x is a tensor of floats, or integers, of this shape.
-
-    None in `shape` is any size but 0. Called where a user hands a tensor over.
-    """
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    kind = "int64" if integers else "float"
-    found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-    message = f"{name} must be a tensor of {kind} ({wanted}), not {found}"
-    if not torch.is_tensor(x) or x.dim() != len(shape) or x.numel() == 0:
-        raise ValueError(message)
-    if x.dtype != torch.int64 if integers else not x.is_floating_point():
-        raise ValueError(message)
-    if any(size not in (None, actual) for size, actual in zip(shape, x.shape)):
-        raise ValueError(message)
-
-
 # Eq. (7) is written L_hist = KL(log P_s || sg[P_t]), the way torch's kl_div takes its arguments;
 # s is the student's codebook, t the teacher. Its value is
 #
@@ -255,12 +239,13 @@ def histogram_relation_loss(codes, teacher):
 # all that training ever sees of the model. (The paper's other teacher, the semantic codebook of an
 # already trained tokenizer, needs no clustering: relation_histogram(codebook).)
 #
-# Paper silent on k-means; (7) inherits what we choose. Lloyd's iterations end in the nearest of
-# many local minima, so the start decides. k-means++ (Arthur and Vassilvitskii 2007) takes points
-# as first centres, each with probability proportional to its squared distance from the nearest so
-# far. Greedy k-means++ draws 2 + ln k candidates for each and takes the one that lowers the sum of
-# these distances most. Without that choice the sum ends 1 to 8 % higher at 1,024 centres, and the
-# teacher's histogram differs by 40 times as much as two seeds do.
+# Paper silent on which layer's features (ours: the last), and on k-means; (7) inherits the choice.
+# Lloyd's iterations end in the nearest of many local minima, so the start decides. k-means++
+# (Arthur and Vassilvitskii 2007) takes points as first centres, each with probability proportional
+# to its squared distance from the nearest so far. Greedy k-means++ draws 2 + ln k candidates for
+# each and takes the one that lowers the sum of these distances most. Measured at 1,024 centres of
+# 26,000 vectors: without that choice the sum ends up to 8 % higher, and the teacher's histogram
+# differs 40 times as much as between two seeds.
 
 
 def kmeans(x, k, iterations=20):
@@ -291,18 +276,14 @@ def kmeans(x, k, iterations=20):
 def kmeans_start(x, x_squared, k):
     """k of the points x (n, d), chosen by greedy k-means++; x_squared (n,): their squared norms."""
     centres = x.new_empty(k, x.shape[1])
-    distance = torch.ones_like(x_squared)  # to the nearest centre so far, squared; at first alike
-    for i in range(k):
-        candidates = 1 if i == 0 else 2 + int(math.log(k))
+    centres[0] = x[torch.randint(len(x), ())]
+    distance = (x - centres[0]).square().sum(1)  # to the nearest centre so far, squared
+    for i in range(1, k):
         weight = distance if distance.max() > 0 else torch.ones_like(distance)
         cumulative = weight.double().cumsum(0)
-        target = torch.rand(candidates).double().to(x.device) * cumulative[-1]
+        target = torch.rand(2 + int(math.log(k))).double().to(x.device) * cumulative[-1]
         chosen = torch.searchsorted(cumulative, target).clamp(max=len(x) - 1)  # (candidates,)
         to_chosen = x_squared[:, None] - 2 * x @ x[chosen].T + x_squared[chosen]  # (n, candidates)
-        if i == 0:
-            distance = to_chosen[:, 0].clamp_min(0)
-            centres[0] = x[chosen[0]]
-            continue
         lowered = torch.minimum(distance[:, None], to_chosen.clamp_min(0))
         best = lowered.sum(0).argmin()
         distance = lowered[:, best]
@@ -310,8 +291,7 @@ def kmeans_start(x, x_squared, k):
     return centres
 
 
-# Clustering more vectors than this for each centre takes longer and changes nothing.
-MOST_PER_CENTRE = 256
+MOST_PER_CENTRE = 256  # vectors; paper silent, and more take longer
 
 
 def teacher_centres(features, k, labels=None):
@@ -341,7 +321,7 @@ def sphere_histogram(dim, bins=40, alpha=None):
     """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of R^dim.
 
     As a teacher it asks for uniform spread and needs no network: a control that the paper lacks. It
-    has no diagonal (i = j), which the student's histogram has.
+    has no diagonal (i = j), as the student's histogram has, so that the KL cannot quite become 0.
 
     The cosine x between a fixed and a uniform unit vector has the density (1 - x^2)^((dim - 3) / 2)
     up to a constant. With x = cos(theta) that is sin(theta)^(dim - 2) d(theta), smooth for every
@@ -361,9 +341,8 @@ def sphere_histogram(dim, bins=40, alpha=None):
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. The mean cosine, |mean of T|^2,
 # may be anything from 0 to the root of the mean square, for no mean exceeds the root mean square.
 # (Up to terms of 1/n: the bound is about all n^2 pairs, while (4) counts each pair once and so
-# weighs the diagonal double.) train.py prints both moments of the teacher. They only hint at how
-# well it can be imitated, so `histogram_floor` measures it: the KL that as many code vectors reach
-# if (7) is their only loss.
+# weighs the diagonal double.) Both moments only hint at how well a teacher can be imitated, so
+# `histogram_floor` measures it: the KL that a codebook reaches if (7) is its only loss.
 
 
 def cosine_moments(vectors):
@@ -443,19 +422,22 @@ def similarity_bands(t):
 
 
 class SmoothedHistogram(torch.autograd.Function):
-    """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,)."""
+    """Eq. (6) before normalisation: unit float32 vectors t (n, d) -> p (bins,).
+
+    NaN, which is no index, counts as 0; the last term of p passes it on.
+    """
 
     @staticmethod
     def forward(ctx, t, bins, alpha):
         f, ctx.slope = kernel_tables(bins, alpha, t.device)
         ctx.save_for_backward(t)
         count = torch.zeros(TABLE + 1, dtype=torch.int64, device=t.device)
-        for _, _, point in similarity_bands(t.nan_to_num()):  # NaN is no index
+        for _, _, point in similarity_bands(t.nan_to_num()):
             add_counts(count, point.flatten())
         # The square holds a pair i < j twice, and i = j, whose similarity is 1, once. With n more
         # at the last point (4) is there exactly twice.
         count[TABLE] += len(t)
-        return f @ (count / 2) + 0 * t.sum()  # (4), (6)  the last term passes NaN on
+        return f @ (count / 2) + 0 * t.sum()  # (4), (6)
 
     @staticmethod
     @once_differentiable
@@ -508,7 +490,7 @@ def used_histogram(codes, counts, bins=40, alpha=None):
         for a, b, point in similarity_bands(t):
             pairs = u[a:b, None] * u  # (b - a, n)
             weight += torch.bincount(point.flatten(), pairs.flatten(), minlength=TABLE + 1)
-        weight[TABLE] += u.square().sum()  # i = j, as above
+        weight[TABLE] += u.square().sum()  # i = j, as above: all is there twice
         f, _ = kernel_tables(bins, alpha, t.device)
         p = f @ weight.float()
     return p / p.sum()
@@ -532,10 +514,11 @@ def used_histogram(codes, counts, bins=40, alpha=None):
 # Zhat + Zres that should approximate it: the opposite of commitment. So Zhat here, and as the input
 # of R, is the code vector itself: (10) moves R and the codebook, never the encoder. (The decoder's
 # losses reach the encoder through the straight-through copy, and R and the codebook through Zres.)
-# Paper silent: (10) prints plain norms; we square and average them over elements, as in (1).
+# Paper silent: (10) prints plain norms; we square and average them over elements, as in (1). Z is
+# the unit vector that was quantized; Zhat + Zres is not put back on the sphere.
 #
 # Paper silent: how a block meets 8-d codes, and where positions enter. Here: linear maps to the
-# block's width and back, learned positions added after the first.
+# block's width and back, learned positions added after the first; xAR's block without condition.
 
 
 class Attention(nn.Module):
@@ -625,7 +608,7 @@ class GloTok(nn.Module):
         self.decoder = decoder(c)
         self.adapter_sem = self.make_adapter()
         self.adapter_vis = self.make_adapter()
-        if c.codes_sem == 1:  # there is nothing to look up, and so nothing to learn in front of it
+        if c.codes_sem == 1:  # the baseline of one codebook: this branch has nothing to learn
             self.adapter_sem.requires_grad_(False)
         self.quantizer_sem = Quantizer(c.codes_sem, c.code_dim, c.beta)
         self.quantizer_vis = Quantizer(c.codes_vis, c.code_dim, c.beta)
@@ -752,8 +735,8 @@ class GloTok(nn.Module):
         return self.decode_latents(zhat_sem + zres_sem, zhat_vis + zres_vis)  # (12), (11)
 
     # What the generator learns (section 3.4): the features "obtained after vector quantization",
-    # concatenated along channels. Paper silent: before or after (11) and (12). Before, so that the
-    # residual modules also mend what the generator missed.
+    # concatenated along channels. Paper silent: before or after (11) and (12). Before: the residual
+    # modules then see generated vectors, too, which are not moved to the nearest codes.
 
     def to_latents(self, sem, vis):
         """Indices (B, h, w) each -> what the generator learns, (B, 2 d, h, w)."""
@@ -765,11 +748,6 @@ class GloTok(nn.Module):
         check_tensor("latents", latents, (None, 2 * self.config.code_dim, side, side))
         sem, vis = latents.flatten(2).transpose(1, 2).chunk(2, dim=2)  # (B, T, d) each
         return self.decode_vectors(sem, vis)
-
-    @property
-    def last_layer(self):
-        """The weight of the decoder's last convolution, where VQGAN compares gradients."""
-        return self.decoder[-2].weight
 
     @property
     def semantic_layer(self):
@@ -792,40 +770,36 @@ class GloTok(nn.Module):
 # told from true pictures that its answers teach little. It is untrained when it enters, so l_G then
 # grows from 0.
 #
-# A training step (train.py) puts it together:
+# A training step (train.py):
 #
 #     recon, losses = model(x)                                      "quantize" (1), "residual" (10)
-#     losses["recon"] = F.mse_loss(recon, x)                                                    (2)
 #     losses["hist"] = histogram_relation_loss(model.codebook_sem, teacher)                     (7)
 #     losses["perceptual"] = lpips(recon, x).mean()
 #     losses["adv"] = adversarial_loss(disc, recon)                          from step adv_start on
-#     total_loss(c, model, losses, ramp).backward()                                            (13)
+#     total_loss(c, model, x, recon, losses, ramp).backward()                            (2), (13)
+#     discriminator_loss(disc, recon, x).backward()                          from step adv_start on
 
 
-def total_loss(c, model, losses, ramp=1.0):
-    """L of (13) from its terms, a dict of scalars; a term that is not there is 0.
+def total_loss(c, model, x, recon, losses, ramp=1.0):
+    """L of (13), of images x, their reconstructions and the other losses; adds "recon" to these.
 
-    ramp: the share of lambda_adv that L_G has by now, a float or a scalar tensor. "coverage" and
-    the losses of section 7 are not in (13), and are added with their own weights.
+    losses: a dict of scalars, 0 if one is not there. ramp: the share of lambda_adv that L_G has by
+    now, a float or a scalar tensor. The last three terms are not in (13): sections 7 and 8.
     """
-    term = {name: losses.get(name, 0) for name in TERMS}
-    l_r = term["recon"]  # (2)
-    pixels = l_r + c.lambda_perceptual * term["perceptual"]
-    l_g = c.lambda_adv * ramp
+    losses["recon"] = F.mse_loss(recon, x)  # (2)
+    pixels = losses["recon"] + c.lambda_perceptual * losses.get("perceptual", 0)
+    lambda_g = c.lambda_adv * ramp
     if c.adv_adaptive and "adv" in losses:
-        l_g = l_g * gradient_ratio(pixels, losses["adv"], model.last_layer)
-    l_vqgan = pixels + c.lambda_quantize * term["quantize"] + l_g * term["adv"]  # (3)
-    loss = l_vqgan + c.lambda_res * term["residual"] + c.lambda_hist * term["hist"]  # (13)
+        lambda_g = lambda_g * gradient_ratio(pixels, losses["adv"], model.decoder[-2].weight)
+    vqgan = pixels + c.lambda_quantize * losses["quantize"] + lambda_g * losses.get("adv", 0)  # (3)
+    loss = vqgan + c.lambda_res * losses["residual"] + c.lambda_hist * losses.get("hist", 0)  # (13)
 
-    loss = loss + c.lambda_coverage * term["coverage"]
-    loss = loss + FQGAN_WEIGHT * term["contrastive"]
+    loss = loss + c.lambda_coverage * losses.get("coverage", 0)
+    loss = loss + FQGAN_WEIGHT * losses.get("contrastive", 0)
     if "vf" in losses:
-        l_vf = VAVAE_WEIGHT * gradient_ratio(pixels, losses["vf"], model.semantic_layer)
-        loss = loss + l_vf * losses["vf"]
+        ratio = gradient_ratio(pixels, losses["vf"], model.semantic_layer)
+        loss = loss + VAVAE_WEIGHT * ratio * losses["vf"]
     return loss
-
-
-TERMS = ("recon", "perceptual", "quantize", "adv", "residual", "hist", "coverage", "contrastive")
 
 
 def gradient_ratio(loss, other, weight):
@@ -885,20 +859,17 @@ def discriminator_loss(disc, recon, x):
 #     s = grad log p_t(z) = -E[eps | z_t] / t = -(z + (1 - t) v) / t.
 #
 # Noise in sampling. For any w >= 0 the noisy path dz = (v - w s / 2) dt + sqrt(w) dW, W Brownian
-# motion, run backwards in t (dt < 0), has the same densities at every t: what the noise spreads,
-# the drift along the score gathers. Fresh noise washes out the errors of earlier steps. With xAR's
-# choice, w = 2 t, the drift v - t s = v + E[eps | z_t] stays finite down to t = 0 though s does
-# not, and the noise fades as the picture is finished. Euler-Maruyama takes steps along it.
+# motion, run backwards in t (dt < 0), has the same densities p at every t: the noise spreads them
+# by w / 2 times the Laplacian of p, the drift along the score gathers w / 2 div(p s), and p s =
+# grad p. Fresh noise washes out the errors of earlier steps. With xAR's choice, w = 2 t, the drift
+# v - t s = v + E[eps | z_t] stays finite down to t = 0 though s does not, and the noise fades as
+# the picture is finished. Euler-Maruyama takes steps along it.
 #
 # Exposure bias. Teacher forcing shows cell k the true cells before it; at sampling it sees its
 # own, imperfect ones. xAR noises every cell at its own t and lets cell k see the noisy ones: a
 # model that has learned to work from a damaged context is not thrown off by its own mistakes. One
 # pass under a block-causal mask trains all cells. (At sampling the finished cells are shown at
 # t = 0, as in xAR, a level that the logit-normal draw of t hardly ever gives.)
-#
-# Which t to learn at. xAR draws the logit of t from a standard normal. Few t then lie near 1, where
-# the shape of a picture is decided, and a short run learns that last: preset shapes departs from
-# xAR and moves the normal by time_shift.
 #
 # Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z) for a label y: the
 # difference of the scores with and without it points to where the label is more certain. At each t
@@ -910,9 +881,7 @@ def discriminator_loss(disc, recon, x):
 # One network gives both, since a share of its labels is hidden in training.
 #
 # xAR lets g grow linearly over the cells, from 1 at the first: the first cells decide what the
-# picture is, where guidance costs variety; the later ones must fit to them. After a run as short as
-# preset shapes that leaves pictures in which no shape was begun, so its first cell is guided as
-# much as the last (guidance_first).
+# picture is, where guidance costs variety; the later ones must fit to them.
 #
 # Rotary positions. A query at position m and a key at n should meet by their offset n - m alone.
 # Turn pairs of channels by angles proportional to the position, R(m) q and R(n) k: then
@@ -934,12 +903,9 @@ def rotate(x, cos, sin):
 
 
 def timestep_embedding(t, width=256):
-    """Times t (...) in [0, 1] -> (..., width), waves of 1000 t; frequencies as above.
-
-    (xAR's code takes floor(1000 t).)
-    """
+    """Times t (...) in [0, 1] -> (..., width), waves of 1000 t. (xAR's code: of floor(1000 t).)"""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    frequencies = 10000 ** (-torch.arange(half, device=t.device) / half)
     waves = 1000 * t[..., None] * frequencies
     return torch.cat([waves.cos(), waves.sin()], dim=-1)
 
@@ -1042,7 +1008,10 @@ class XAR(nn.Module):
         self.register_buffer("latent_std", torch.ones(()))
 
     def initialise(self):
-        """As xAR's code: Xavier's weights, biases of 0. Ours, after DiT: AdaLN's weights are 0."""
+        """As xAR's code: Xavier's weights, biases of 0.
+
+        Ours, after DiT: AdaLN's weights are 0, too, so that a block begins by adding nothing.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -1082,7 +1051,8 @@ class XAR(nn.Module):
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
-        # the logit of t is normal, with mean time_shift (xAR: 0)
+        # The logit of t is normal (xAR: with mean 0). Few t then lie near 1, where the shape of a
+        # picture is decided, and a short run learns that last: it moves the mean by time_shift.
         normal = torch.randn(batch, self.cells, device=device)
         t = (normal + self.config.time_shift).sigmoid()
         noise = torch.randn(batch, self.cells, self.tokens_per_cell, self.channels, device=device)
@@ -1123,14 +1093,17 @@ class XAR(nn.Module):
     def sample(self, labels, steps=25, guidance=1.0):
         """Labels int64 (B,) -> latents. Noise comes from the global random generator.
 
-        `guidance` is the last cell's; the first has as much, but at most config.guidance_first.
+        `guidance` is the last cell's. The first has as much, but at most config.guidance_first,
+        1 in xAR; after a run as short as preset shapes that leaves pictures without a shape.
         """
         check_tensor("labels", labels, (None,), integers=True)
-        check_guidance(self.config.label_dropout, guidance)
-        first = min(self.config.guidance_first, guidance)
-        no_label = torch.full_like(labels, self.config.classes)
+        c = self.config
+        check_guidance(c.label_dropout, guidance)
+        first = min(c.guidance_first, guidance)
+        no_label = torch.full_like(labels, c.classes)
         both = torch.cat([labels, no_label])  # with and without the label, in one batch
-        caches = self.empty_caches(both)
+        shape = (2, len(both), c.gen_heads, c.grid_size**2, c.gen_width // c.gen_heads)
+        caches = [torch.zeros(shape, device=both.device) for _ in self.blocks]  # keys and values
         cells = []
         for cell in range(self.cells):
             ramp = cell / max(self.cells - 1, 1)
@@ -1142,15 +1115,6 @@ class XAR(nn.Module):
             cells.append(z)
         return self.latent_std * self.from_cells(torch.cat(cells, dim=1))
 
-    def empty_caches(self, labels):
-        """Room for the keys and values of the whole grid, for each block: `XARBlock.attend`."""
-        c = self.config
-        shape = (len(labels), c.gen_heads, c.grid_size**2, c.gen_width // c.gen_heads)
-        device = labels.device
-        mixed = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if mixed else torch.float32
-        return [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in self.blocks]
-
     def sample_cell(self, both, cell, caches, steps, strength):
         """One cell from noise, (B, 1, tokens a cell, 2 d), for both = labels and "no label" (2B,).
 
@@ -1159,7 +1123,7 @@ class XAR(nn.Module):
         """
         batch = len(both) // 2
         z = torch.randn(batch, 1, self.tokens_per_cell, self.channels, device=both.device)
-        times = [*torch.linspace(1, 0.04, steps).tolist(), 0.0]  # 0.04 as in xAR
+        times = [*torch.linspace(1, 0.04, steps).tolist(), 0.0]
         for t, t_next in zip(times, times[1:]):
             dt = t_next - t
             now = torch.full((2 * batch, 1), t, device=z.device)
@@ -1174,16 +1138,6 @@ class XAR(nn.Module):
             else:
                 z = z + v * dt
         return z
-
-
-def check_guidance(label_dropout, guidance):
-    """ValueError if one of the two velocities that guidance combines was never learned."""
-    if guidance != 1 and label_dropout in (0, 1):
-        kind = "all" if label_dropout else "no"
-        raise ValueError(
-            f"guidance is {guidance:g}: with label_dropout {label_dropout:g}, {kind} labels are "
-            "hidden in training, and guidance must be 1"
-        )
 
 
 # ================================================================================================
@@ -1281,7 +1235,7 @@ def contrastive_loss(prediction, target):
 VAVAE_WEIGHT = 0.1  # as published
 
 
-def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
+def vf_loss(projected, maps):
     """Projected codes z' (B, T, D), the teacher's maps (B, D, h', w') -> L_vf, a scalar.
 
     The maps are averaged over each token's area.
@@ -1292,8 +1246,8 @@ def vf_loss(projected, maps, distance_margin=0.25, cosine_margin=0.5):
         target = F.normalize(maps.flatten(2).transpose(1, 2), dim=2)  # (B, T, D)
         z = F.normalize(projected.float(), dim=2)
         difference = z @ z.transpose(1, 2) - target @ target.transpose(1, 2)  # (B, T, T)
-        mdms = F.relu(difference.abs() - distance_margin).mean()
-        mcos = F.relu(1 - cosine_margin - (z * target).sum(2)).mean()
+        mdms = F.relu(difference.abs() - 0.25).mean()
+        mcos = F.relu(1 - 0.5 - (z * target).sum(2)).mean()
         return mdms + mcos
 
 
@@ -1542,18 +1496,16 @@ class ConvNet(nn.Module):
     Images (B, 3, H, W) in [-1, 1], shrunk to 64 pixels if larger -> logits (B, classes).
     """
 
-    def __init__(self, classes, widths=(32, 64, 64)):
+    def __init__(self, classes):
         super().__init__()
         layers = []
         c_in = 3
-        for i, width in enumerate(widths):
-            stride = 2 if i < 2 else 1
+        for width, stride in ((32, 2), (64, 2), (64, 1), (64, 1)):
             layers.append(nn.Conv2d(c_in, width, 3, stride, 1, bias=False))
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
             c_in = width
-        layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(width, classes)
+        self.body = nn.Sequential(*layers[:-1])
+        self.head = nn.Linear(64, classes)
 
     def features(self, x):
         """The maps before the last ReLU, (B, 64, H / 4, W / 4); of larger images those at 64x64."""
@@ -1569,7 +1521,8 @@ class ConvNet(nn.Module):
 #
 # Only chosen codes get a gradient from (1). On small data most are never chosen: in C_vis they
 # would stay where they began; in C_sem the histogram loss (7) moves them, but nothing brings
-# features to them. Without a remedy 18 to 29 % of the semantic codes are used in our small runs.
+# features to them. Without a remedy 18 to 29 % of the semantic codes are used in small runs
+# (assets/evidence.md).
 #
 # For C_vis `revive` does the usual, and puts codes that nobody chose lately onto features. For
 # C_sem that would undo (7), whose business it is to say where the codes lie, so the features come
@@ -1600,9 +1553,10 @@ def coverage_loss(z, index, codebook):
 
 @torch.no_grad()
 def revive(quantizer, images):
-    """Move the codes that were not chosen in the last `images` training images.
+    """Move the codes that no image chose among the last `images` ones of training.
 
-    Each goes onto a random feature of the last batch.
+    Each goes onto a random feature of the last batch. (Several processes: train.py lets all take
+    the same.)
     """
     features = quantizer.last_features  # (B * T, d)
     chosen = torch.randint(len(features), quantizer.age.shape, device=features.device)
@@ -1713,26 +1667,26 @@ class Config:
         for f in fields(self):
             check_field(f, getattr(self, f.name))
         size = self.image_size
-        one_of("semantic", self.semantic, ("global", "fqgan", "vavae", "none"))
-        one_of("precision", self.precision, ("auto", "bf16", "float32"))
-        multiple_of("image_size", size, self.downsampling, "the pixels that a token covers")
-        multiple_of("width", self.width, self.heads, "heads")
-        multiple_of("grid of tokens", self.grid_size, self.cell, "cell")
-        multiple_of("gen_width", self.gen_width, 4 * self.gen_heads, "4 gen_heads")
-        # The discriminator's convolutions halve the picture; two more take a pixel off each.
-        least = 3 * 2 ** discriminator_halvings(size)
-        if self.lambda_adv and size < least:
-            raise ValueError(f"image_size is {size}: the discriminator takes at least {least}")
-        if self.lambda_perceptual and size < 16:
-            raise ValueError(f"image_size is {size}: LPIPS takes at least 16")
-        if self.semantic in ("fqgan", "vavae"):
-            one_of(f"teacher of semantic {self.semantic}", self.teacher, TEACHER_WIDTH)
-            if self.codes_sem == 1:
-                raise ValueError(f"codes_sem is 1: semantic {self.semantic} has nothing to teach")
-        if self.gen_lr_end > self.gen_lr:
-            raise ValueError(
-                f"gen_lr_end is {self.gen_lr_end}: it must not exceed gen_lr, {self.gen_lr}"
-            )
+        least = 3 * 2 ** discriminator_halvings(size)  # two further convolutions take a pixel each
+        local = self.semantic in ("fqgan", "vavae")
+        for wrong, message in (
+            (self.semantic not in ("global", "fqgan", "vavae", "none"), "semantic: no such method"),
+            (self.precision not in ("auto", "bf16", "float32"), "precision: auto, bf16 or float32"),
+            (
+                size % self.downsampling,
+                f"image_size: no multiple of {self.downsampling}, a token's",
+            ),
+            (self.width % self.heads, "width: no multiple of heads"),
+            (self.grid_size % self.cell, f"cell: does not divide the grid of {self.grid_size}"),
+            (self.gen_width % (4 * self.gen_heads), "gen_width: no multiple of 4 gen_heads"),
+            (self.lambda_adv and size < least, f"image_size: the discriminator takes {least}"),
+            (self.lambda_perceptual and size < 16, "image_size: LPIPS takes 16"),
+            (local and self.teacher not in TEACHER_WIDTH, "teacher: semantic wants a network"),
+            (local and self.codes_sem == 1, "codes_sem: with one code there is nothing to teach"),
+            (self.gen_lr_end > self.gen_lr, "gen_lr_end: above gen_lr"),
+        ):
+            if wrong:
+                raise ValueError(message)
         check_guidance(self.label_dropout, self.guidance)
 
 
@@ -1752,88 +1706,58 @@ def check_field(f, value):
             raise ValueError(f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
 
 
-def one_of(name, value, options):
-    if value not in options:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(options)}")
+def check_guidance(label_dropout, guidance):
+    """ValueError if one of the two velocities that guidance combines was never learned."""
+    if guidance != 1 and label_dropout in (0, 1):
+        raise ValueError(f"guidance must be 1, none: label_dropout is {label_dropout:g}")
 
 
-def multiple_of(name, value, factor, of_what):
-    if value % factor:
-        raise ValueError(f"{name} is {value}: it must be a multiple of {factor}, {of_what}")
+def check_tensor(name, x, shape, integers=False):
+    """ValueError, in one line, unless x is a tensor of floats, or integers, of this shape.
+
+    None in `shape` is any size but 0. Called where a user hands a tensor over.
+    """
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    kind = "int64" if integers else "float"
+    found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+    message = f"{name} must be a tensor of {kind} ({wanted}), not {found}"
+    if not torch.is_tensor(x) or x.dim() != len(shape) or x.numel() == 0:
+        raise ValueError(message)
+    if x.dtype != torch.int64 if integers else not x.is_floating_point():
+        raise ValueError(message)
+    if any(size not in (None, actual) for size, actual in zip(shape, x.shape)):
+        raise ValueError(message)
 
 
 # Each preset names what differs from the one that it replaces.
 
 SHAPES = Config()  # 8 x 8 tokens
 
-CIFAR10 = replace(  # 8 x 8 tokens
+CIFAR10_SMALL = replace(  # 8 x 8 tokens
     SHAPES,
     data="cifar10",
     teacher_centres=2048,
-    classes=10,
-    eval_images=10000,
-    # tokenizer
-    patch=1,
     channels=32,
-    channel_mult=(1, 2, 4),
-    res_blocks=2,
-    z_channels=128,
-    width=128,
+    channel_mult=(1, 2),
+    z_channels=64,
     codes_sem=512,
     codes_vis=1536,
-    lambda_hist=0.01,
-    lambda_adv=0.1,
-    adv_start=15000,
-    tokenizer_steps=20000,
-    batch_size=128,
-    lr=1e-3,
-    warmup=100,
-    save_every=500,
-    # generator
-    gen_width=384,
-    gen_layers=8,
-    gen_heads=6,
-    gen_dropout=0.1,
-    time_shift=0.0,
-    generator_steps=40000,
-    gen_batch=256,
-    gen_lr=5e-4,
-    gen_warmup=1000,
-    gen_cooldown=0.25,
-    ema=0.9995,
-    guidance=5.0,
-    guidance_first=1.0,
-    sampling_steps=40,
-)
-
-CIFAR10_SMALL = replace(
-    CIFAR10,
-    eval_images=2000,
-    # tokenizer
-    patch=2,
-    channel_mult=(1, 2),
-    res_blocks=1,
-    z_channels=64,
-    width=64,
     lambda_hist=0.3,
-    lambda_adv=0.0,
-    tokenizer_steps=500,
-    batch_size=32,
-    lr=2e-3,
-    save_every=200,
-    # generator
+    adv_start=15000,
+    classes=10,
     gen_width=128,
     gen_layers=6,
-    gen_heads=4,
-    gen_dropout=0.0,
+    time_shift=0.0,
+    guidance_first=1.0,
     generator_steps=3000,
     gen_batch=32,
     gen_lr=2e-3,
     gen_warmup=100,
-    gen_cooldown=0.5,
-    ema=0.995,
-    guidance=3.0,
-    sampling_steps=10,
+    tokenizer_steps=500,
+    batch_size=32,
+    lr=2e-3,
+    warmup=100,
+    eval_images=2000,
 )
 
 IMAGENETTE_SMALL = replace(  # 16 x 16 tokens
@@ -1842,11 +1766,39 @@ IMAGENETTE_SMALL = replace(  # 16 x 16 tokens
     teacher_centres=1024,
     image_size=64,
     lambda_hist=0.1,
-    tokenizer_steps=1600,
-    batch_size=16,
     cell=8,
     gen_batch=16,
+    tokenizer_steps=1600,
+    batch_size=16,
     eval_images=3925,
+)
+
+CIFAR10 = replace(  # 8 x 8 tokens
+    CIFAR10_SMALL,
+    patch=1,
+    channel_mult=(1, 2, 4),
+    res_blocks=2,
+    z_channels=128,
+    width=128,
+    lambda_adv=0.1,
+    lambda_hist=0.01,
+    gen_width=384,
+    gen_layers=8,
+    gen_heads=6,
+    gen_dropout=0.1,
+    guidance=5.0,
+    sampling_steps=40,
+    generator_steps=40000,
+    gen_batch=256,
+    gen_lr=5e-4,
+    gen_warmup=1000,
+    gen_cooldown=0.25,
+    ema=0.9995,
+    tokenizer_steps=20000,
+    batch_size=128,
+    lr=1e-3,
+    eval_images=10000,
+    save_every=500,
 )
 
 IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
@@ -1854,8 +1806,6 @@ IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
     data="imagenette",
     teacher="dinov2",
     image_size=128,
-    eval_images=3925,
-    # tokenizer
     channels=64,
     channel_mult=(1, 1, 2, 4),
     z_channels=256,
@@ -1869,34 +1819,32 @@ IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
     adv_start=10000,
     adv_adaptive=0,
     disc_lr=3e-4,
+    cell=8,
+    gen_width=512,
+    gen_layers=12,
+    gen_heads=8,
+    stochastic=1,
+    guidance=2.7,
+    generator_steps=60000,
+    gen_batch=128,
+    gen_lr=3e-4,
     tokenizer_steps=40000,
     batch_size=64,
     lr=3e-4,
     warmup=500,
     crop=0.8,
-    # generator
-    cell=8,
-    gen_width=512,
-    gen_layers=12,
-    gen_heads=8,
-    generator_steps=60000,
-    gen_batch=128,
-    gen_lr=3e-4,
-    stochastic=1,
-    guidance=2.7,
+    eval_images=3925,
 )
 
-# From section 4.1 and, where that is silent, from the code that the paper builds on. Ours are
-# teacher_centres, lambda_coverage and revive_every.
-IMAGENET256 = replace(  # 16 x 16 tokens
+# From section 4.1 and, where that is silent, from the code that the paper builds on: FQGAN for the
+# tokenizer, xAR-B for the generator. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
+# sampling_steps 50.) Ours are teacher_centres, lambda_coverage and revive_every.
+IMAGENET256 = replace(
     IMAGENETTE,
-    data="imagenet",
+    data="imagenet",  # a folder of that name, or --data
     teacher_centres=4096,  # 4 a class, so 4,000
     teacher_by_class=1,  # section 3.3: as VQGAN-LC
     image_size=256,
-    classes=1000,
-    eval_images=50000,
-    # tokenizer
     channels=128,
     channel_mult=(1, 1, 2, 2, 4),
     adapter_layers=6,
@@ -1905,14 +1853,7 @@ IMAGENET256 = replace(  # 16 x 16 tokens
     codes_vis=12288,
     adv_start=20000,
     disc_lr=2e-4,
-    tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
-    batch_size=240,
-    lr=2e-4,
-    warmup=0,
-    cooldown=0.0,
-    save_every=2000,
-    # xAR-B as released. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
-    # sampling_steps 50.)
+    classes=1000,
     gen_width=768,
     gen_layers=16,
     gen_heads=12,
@@ -1922,6 +1863,13 @@ IMAGENET256 = replace(  # 16 x 16 tokens
     gen_lr_end=1e-5,
     gen_warmup=62557,  # 100 epochs
     ema=0.9999,
+    tokenizer_steps=800730,  # 150 epochs of 1,281,167 images, 240 a step
+    batch_size=240,
+    lr=2e-4,
+    warmup=0,
+    cooldown=0.0,
+    eval_images=50000,
+    save_every=2000,
 )
 
 IMAGENET256_2X = replace(

@@ -928,12 +928,19 @@ TERM_WEIGHTS = {
 
 
 def loss_terms(without=()):
-    """TERMS as float64 scalars with gradient, but for those switched off."""
+    """TERMS but "recon" as float64 scalars with gradient, without those switched off."""
     terms = {}
     for name, value in TERMS.items():
-        if name not in without:
+        if name not in ("recon", *without):
             terms[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     return terms
+
+
+def loss_of(c, terms):
+    """Of images and reconstructions whose mean squared error is TERMS["recon"]."""
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+    recon = x + math.sqrt(TERMS["recon"]) * torch.randn_like(x).sign()
+    return glotok.total_loss(c, None, x, recon, terms, ramp=0.25)
 
 
 OFF = [[], ["perceptual"], ["adv"], ["hist"], ["coverage"], ["contrastive"]]
@@ -941,11 +948,12 @@ OFF += [["perceptual", "adv", "hist", "coverage", "contrastive"]]
 
 
 @pytest.mark.parametrize("without", OFF)
-def test_eq03_eq13_is_the_weighted_sum_of_what_is_on(without):
+def test_eq02_eq03_eq13_is_the_weighted_sum_of_what_is_on(without):
     terms = loss_terms(without)
-    loss = glotok.total_loss(LOSS_CONFIG, None, terms, ramp=0.25)
+    loss = loss_of(LOSS_CONFIG, terms)
     expected = sum(TERM_WEIGHTS[name] * TERMS[name] for name in terms)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert terms.pop("recon").item() == pytest.approx(TERMS["recon"], rel=1e-12)  # (2)
     loss.backward()
     for name, term in terms.items():
         assert term.grad.item() == pytest.approx(TERM_WEIGHTS[name], rel=1e-12), name
@@ -955,8 +963,7 @@ def test_eq03_weight_0_switches_a_term_off():
     c = replace(LOSS_CONFIG, lambda_quantize=0.0, lambda_res=0.0)
     expected = sum(TERM_WEIGHTS[name] * TERMS[name] for name in TERMS)
     expected -= 0.3 * TERMS["quantize"] + 0.5 * TERMS["residual"]
-    loss = glotok.total_loss(c, None, loss_terms(), ramp=0.25)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert loss_of(c, loss_terms()).item() == pytest.approx(expected, rel=1e-12)
 
 
 # The adversarial part.
@@ -1023,19 +1030,19 @@ def test_gradient_ratio():
 def test_eq03_adaptive_weight_equalizes_gradients_at_the_decoders_last_convolution():
     c = replace(TINY, lambda_perceptual=1.5, lambda_adv=0.8, adv_adaptive=1)
     model = GloTok(c)
-    recon, losses = model(random_images())
-    losses["recon"] = recon.square().mean()
+    x = random_images()
+    recon, losses = model(x)
     losses["perceptual"] = recon.abs().mean()  # a stand-in
     # A louder discriminator, or the 1e-4 that guards the division would show.
     losses["adv"] = 1000 * glotok.adversarial_loss(small_discriminator(), recon)
     convolutions = [m for m in model.decoder if isinstance(m, torch.nn.Conv2d)]
     last = convolutions[-1].weight
-    pixels = losses["recon"] + 1.5 * losses["perceptual"]
+    pixels = F.mse_loss(recon, x) + 1.5 * losses["perceptual"]
     (of_pixels,) = torch.autograd.grad(pixels, last, retain_graph=True)
     (of_adv,) = torch.autograd.grad(losses["adv"], last, retain_graph=True)
     weight = 0.8 * 0.25 * of_pixels.norm() / of_adv.norm()
 
-    loss = glotok.total_loss(c, model, losses, ramp=0.25)
+    loss = glotok.total_loss(c, model, x, recon, losses, ramp=0.25)
     (found,) = torch.autograd.grad(loss, last)
     expected = of_pixels + weight * of_adv
     assert (found - expected).norm() < 1e-2 * expected.norm()
@@ -1618,15 +1625,14 @@ def test_vavaes_weight_is_the_ratio_of_gradients_at_the_last_layer_before_the_la
     model = GloTok(c)
     x = random_images()
     recon, losses = model(x, teacher_answer())
-    losses = {"vf": losses["vf"], "recon": F.mse_loss(recon, x)}
-    losses["quantize"] = losses["residual"] = torch.zeros(())
+    losses = {"vf": losses["vf"], "quantize": torch.zeros(()), "residual": torch.zeros(())}
     adapter = model.adapter_sem
     last = adapter.weight if adapter_layers == 0 else adapter.proj_out.weight
-    (of_pixels,) = torch.autograd.grad(losses["recon"], last, retain_graph=True)
+    (of_pixels,) = torch.autograd.grad(F.mse_loss(recon, x), last, retain_graph=True)
     (of_vf,) = torch.autograd.grad(losses["vf"], last, retain_graph=True)
     weight = 0.1 * of_pixels.norm() / of_vf.norm()
 
-    loss = glotok.total_loss(c, model, losses)
+    loss = glotok.total_loss(c, model, x, recon, losses)
     (found,) = torch.autograd.grad(loss, last)
     expected = of_pixels + weight * of_vf
     assert (found - expected).norm() < 2e-2 * (weight * of_vf).norm()  # 1e-4 guards the division

@@ -88,7 +88,6 @@ def train_tokenizer(run, lpips, look):
         x = mirrored(to_float(images, device), c)
         with autocast(c, device):
             recon, losses = model(x, look(x) if look else None)  # (1), (10)
-            losses["recon"] = F.mse_loss(recon, x)  # (2)
             if use_hist:
                 losses["hist"] = glotok.histogram_relation_loss(model.codebook_sem, teacher)  # (7)
             if lpips:
@@ -96,7 +95,7 @@ def train_tokenizer(run, lpips, look):
             if ramp:
                 losses["adv"] = glotok.adversarial_loss(disc, recon)
                 losses["disc"] = glotok.discriminator_loss(disc, recon, x)
-            loss = glotok.total_loss(c, model, losses, ramp)  # (13)
+            loss = glotok.total_loss(c, model, x, recon, losses, ramp)  # (2), (3), (13)
         losses["psnr"] = fid.psnr(to_uint8(x), to_uint8(recon)).mean()
         return losses, loss
 

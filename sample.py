@@ -60,7 +60,7 @@ def report(args, config, device):
     teacher = load_teacher(folder)
     val = read_val_set(args, config.data, config.eval_images, model, device)
     classify = load_classifier(teacher, device)
-    metrics = report_tokenizer(args, model, teacher, val, classify, net, device)
+    metrics = report_tokenizer(args, model, teacher, val, net, device)
     if (folder / "generator.pt").exists():
         metrics |= report_generator(args, config, model, classify, device)
     else:
@@ -76,7 +76,7 @@ def report(args, config, device):
 
 
 @torch.no_grad()
-def report_tokenizer(args, model, teacher, val, classify, net, device):
+def report_tokenizer(args, model, teacher, val, net, device):
     """reconstructions.png and histogram.png of held-out images -> figures, a dict."""
     c = model.config
     recon = decode_all(model, val.tokens, device)
@@ -98,9 +98,6 @@ def report_tokenizer(args, model, teacher, val, classify, net, device):
         "hist_kl_used": glotok.kl_divergence(hist_teacher, hist_used).item(),
         **training_figures(args.run / "tokenizer.pt"),
     }
-    if classify:  # does the teacher still see the same class?
-        same = classify(val.images) == classify(recon)
-        metrics["class_agreement"] = same.float().mean().item()
     distances = measure_reconstructions(net, val.images, recon, device)
     if distances:
         metrics["rfid"] = distances["fid"]
@@ -368,34 +365,6 @@ def retain(path, model, images, tokens):
     save_image_grid(path, rows, f"{title}PSNR over {len(images)} held-out images")
 
 
-@torch.no_grad()
-def probe(model, images, labels, n, device):
-    """Figure 4 as numbers: how well a linear map of one half's code vectors tells an image.
-
-    Ridge regression, fitted on the first n images, predicts the class and the mean colour of the
-    others. images uint8 (N, 3, H, W), labels (N,) -> {"semantic" and "visual": (accuracy, R2 of
-    the colour)}.
-    """
-    classes = torch.eye(int(labels.max()) + 1)[labels]  # (N, classes)
-    colours = images.mean((2, 3), dtype=torch.float32)  # (N, 3)
-    y = torch.cat([classes, colours], dim=1)
-    y_mean = y[:n].mean(0)
-    tokens = encode_all(model, images, torch.arange(len(images)), device).long()
-    halves = {"semantic": model.codebook_sem, "visual": model.codebook_vis}
-    found = {}
-    for (name, codebook), index in zip(halves.items(), tokens.unbind(1)):
-        x = codebook.cpu()[index].flatten(1)  # (N, h * w * d)
-        x = (x - x[:n].mean(0)) / x[:n].std(0).clamp_min(1e-6)
-        ridge = 0.3 * n * torch.eye(x.shape[1])
-        weight = torch.linalg.solve(x[:n].T @ x[:n] + ridge, x[:n].T @ (y[:n] - y_mean))
-        guess = y_mean + x[n:] @ weight
-        accuracy = (guess[:, :-3].argmax(1) == labels[n:]).float().mean()
-        error = (guess - y[n:])[:, -3:].square().sum()
-        variance = (y_mean - y[n:])[:, -3:].square().sum()
-        found[name] = (accuracy.item(), 1 - (error / variance).item())
-    return found
-
-
 # ================================================================================================
 # 4. Table 3: how evenly the semantic latents lie
 # ================================================================================================
@@ -587,19 +556,9 @@ def command_retain(args, config, device):
     model = load_run(args.run, device)
     val = read_val_set(args, args.retain, min(config.eval_images, 5000), model, device)
     torch.manual_seed(args.seed)
-    train_index = torch.randperm(len(val.data.train))[:4000]
     measured = fid.evenly_spaced(len(val.images), images_at_once(config))
     retain(args.out, model, val.images[measured], val.tokens[measured].to(device))
     print(f"{args.out}: {len(measured)} held-out images of {args.retain}")
-
-    train_images = read_at(val.data.train, train_index, config.image_size)
-    images = torch.cat([train_images, val.images])
-    labels = torch.cat([val.data.train_labels[train_index], val.labels])
-    for half, (accuracy, r2) in probe(model, images, labels, len(train_index), device).items():
-        print(
-            f"{half} codes alone: a linear probe finds the class of {100 * accuracy:.1f} %, "
-            f"the mean colour with R2 {r2:.3f}"
-        )
 
 
 def command_uniformity(args, config, device):

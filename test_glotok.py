@@ -4122,7 +4122,7 @@ def test_sample_shows_held_out_images(flag, small_run, run_command, tmp_path, mo
     monkeypatch.setattr(sample, "UNIFORMITY_RUNS", 2)
     shown = {
         "--reconstruct": "PSNR",
-        "--retain": "visual codes alone",
+        "--retain": "held-out images",
         "--uniformity": "density_cv",
     }
     images, labels = train.draw_shapes(400, 16, 3)

@@ -404,7 +404,7 @@ def labels_of(listing, classes):
 def take(listing, index):
     """The part of a Listing at the positions index, a list."""
     items = listing.items
-    chosen = items[index] if isinstance(items, np.ndarray) else [items[i] for i in index]
+    chosen = [items[i] for i in index] if isinstance(items, list) else items[index]
     return listing._replace(items=chosen, names=[listing.names[i] for i in index])
 
 
@@ -645,52 +645,36 @@ def memory_budget():
 def read_all(listing, size, decode_later=False):
     """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
 
-    Up to 1 % unreadable ones are left out, with a note; of more, BadInput.
+    Up to 1 % unreadable ones are left out; of more, BadInput.
     """
     n = len(listing.items)
     if decode_later or n * 3 * size * size > memory_budget():
         return listing
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    readable = []
-    problems = []
+    unreadable = set()
     progress = fid.Progress(f"reading {listing.name}", n)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for index in torch.arange(n).split(256):
-            requests = [(listing.items[i], size, None) for i in index]
-            for i, image in zip(index.tolist(), pool.map(try_to_load, requests)):
-                if torch.is_tensor(image):
-                    images[i] = image
-                    readable.append(i)
-                else:
-                    problems.append(image)
-            progress.update(index[-1].item() + 1)
-    if problems:
-        message = f"{listing.name}: {len(problems)} of {n} images left out: {problems[0]}"
-        if len(problems) > 0.01 * n:
-            raise BadInput(f"{message}. Mend or remove such")
-        note(message)
-    names = [listing.names[i] for i in readable]
-    return listing._replace(items=images[readable] if problems else images, names=names)
+    batches = torch.arange(n).split(256)
+    stream = stream_batches(listing.items, batches, torch.device("cpu"), size, None, unreadable)
+    for index, batch in zip(batches, stream):
+        images[index] = batch
+        progress.update(index[-1].item() + 1)
+    if len(unreadable) > 0.01 * n:
+        raise BadInput(f"{listing.name}: {len(unreadable)} of {n} images cannot be read")
+    readable = [i for i in range(n) if i not in unreadable]
+    return take(listing._replace(items=images), readable)
 
 
-def try_to_load(request):
-    """A file or array, size, crop -> uint8 (3, size, size), or a line that says why not."""
-    try:
-        return fid.load_image(*request)
-    except BadInput as error:
-        return str(error)
-
-
-def stream_batches(items, batches, device, size, crops=None):
+def stream_batches(items, batches, device, size, crops=None, unreadable=None):
     """Yield items[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
 
-    What is not in memory is decoded by threads, two batches ahead; grey stands in for what cannot
-    be read. crops: for each batch the squares (B, 3) of load_image; without, they are the middle.
+    What is not in memory is decoded by threads, two batches ahead. Grey stands in for what cannot
+    be read, with a note; its position is added to the set `unreadable`. crops: for each batch the
+    squares (B, 3) of load_image; without, they are the middle.
     """
     crops = itertools.repeat(None) if crops is None else crops
     in_memory = torch.is_tensor(items)
     pool = ThreadPoolExecutor(WORKERS)
-    ahead = collections.deque()
+    ahead = collections.deque()  # (index, a future for each of its images)
     try:
         for index, crop in zip(batches, crops):
             if in_memory and crop is None:
@@ -701,26 +685,26 @@ def stream_batches(items, batches, device, size, crops=None):
             if in_memory:
                 chosen = [image.permute(1, 2, 0).cpu().numpy() for image in chosen]
             requests = zip(chosen, itertools.repeat(size), squares)
-            ahead.append([pool.submit(try_to_load, request) for request in requests])
+            ahead.append((index, [pool.submit(fid.load_image, *each) for each in requests]))
             if len(ahead) > 2:
-                yield collect(ahead.popleft(), device, size)
+                yield collect(*ahead.popleft(), size, unreadable).to(device, non_blocking=True)
         while ahead:
-            yield collect(ahead.popleft(), device, size)
+            yield collect(*ahead.popleft(), size, unreadable).to(device, non_blocking=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def collect(futures, device, size):
-    images = torch.full((len(futures), 3, size, size), 128, dtype=torch.uint8)
-    for i, future in enumerate(futures):
-        image = future.result()
-        if torch.is_tensor(image):
-            images[i] = image
-        else:
-            note_once(f"{image}: grey stands in for it")
-    if device.type == "cuda":
-        images = images.pin_memory()
-    return images.to(device, non_blocking=True)
+def collect(index, futures, size, unreadable):
+    """Futures of the images at index -> uint8 (B, 3, size, size), pinned for a GPU."""
+    images = torch.full((len(index), 3, size, size), 128, dtype=torch.uint8)
+    for k, future in enumerate(futures):
+        try:
+            images[k] = future.result()
+        except BadInput as error:
+            note_once(f"{error}: left out, or grey")
+            if unreadable is not None:
+                unreadable.add(index[k].item())
+    return images.pin_memory() if torch.cuda.is_available() else images
 
 
 note_once = functools.lru_cache(None)(note)
@@ -903,25 +887,21 @@ def feature_network(name, teacher, device):
     the convnet's features, and maps of features (B, D, h', w').
     """
     if name == "convnet":
-        convnet = load_convnet(teacher, device)
-
-        @torch.no_grad()
-        def convnet_features(x):
-            maps = convnet.features(x)
-            return maps.mean((2, 3)), maps
-
-        return convnet_features
-
-    dinov2 = glotok.DINOv2().to(device)
-    fid.load_weights(fid.fetch(DINOV2), dinov2)
+        net = load_convnet(teacher, device)
+    else:
+        net = glotok.DINOv2().to(device)
+        fid.load_weights(fid.fetch(DINOV2), net)
 
     @torch.no_grad()
-    def dinov2_features(x):
+    def look(x):
+        if name == "convnet":
+            maps = net.features(x)
+            return maps.mean((2, 3)), maps
         x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = dinov2(x)  # (B, 1 + 256, D)
+        tokens = net(x)  # (B, 1 + 256, D)
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
 
-    return dinov2_features
+    return look
 
 
 def load_convnet(teacher, device):
@@ -1147,21 +1127,11 @@ def autocast(c, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(c, device))
 
 
-@functools.lru_cache
 def use_bf16(c, device):
-    """Whether to train in bf16: as told, or where it is faster.
-
-    That is on GPUs that have it, and for wide tokenizers and their generators on CPUs that multiply
-    it natively. Preset shapes took 1.6 times as long with it; where it is emulated it is many times
-    slower.
-    """
+    """Whether to train in bf16: as told; auto: on GPUs that have it."""
     if c.precision != "auto":
         return c.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return c.channels >= 64 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+    return device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
 
 
 def compile_networks(c, device, *networks):
@@ -1448,20 +1418,16 @@ def check_resumable(out, before, c):
             changed.append(f"{f.name} {old} -> {new}")
     if changed:
         note(f"changed: {', '.join(changed)}")
-    tokenizer = out / "tokenizer.pt"
-    generator = out / "generator.pt"
-    if not tokenizer.exists():
+    if not (out / "tokenizer.pt").exists():
         return
     model = GloTok(c)
-    step = check_checkpoint(tokenizer, model, c.tokenizer_steps)
+    step = check_checkpoint(out / "tokenizer.pt", model, c.tokenizer_steps)
     note_rate("tokenizer", tokenizer_rate(before, step, before.lr), tokenizer_rate(c, step, c.lr))
+    generator = out / "generator.pt"
     if not generator.exists():
         return
     if step < c.tokenizer_steps:
-        raise BadInput(
-            f"{generator} was trained on this tokenizer as it is: move it away to go on with "
-            "the tokenizer"
-        )
+        raise BadInput(f"{generator} was trained on the tokenizer as it is: move it away first")
     check_made_of(generator, model)
     step = check_checkpoint(generator, XAR(c), c.generator_steps)
     note_rate("generator", generator_rate(before, step), generator_rate(c, step))

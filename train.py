@@ -74,6 +74,8 @@ def train_tokenizer(run, lpips, look):
     if c.lambda_adv:
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
     stage = Stage(run, "tokenizer", parts, c.tokenizer_steps, c.batch_size)
+    if stage.done >= stage.steps:
+        return model.eval()
     teacher = run.teacher["histogram"].to(device)
     # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
@@ -239,19 +241,19 @@ def encode_all(model, images, index, device, mirror=False):
 
 
 def main():
-    args, given = parse_arguments()
-    cuda = torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() <= LOCAL_RANK:
-        raise BadInput(f"this machine has {torch.cuda.device_count()} GPU(s), one a process")
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, but for glotok.full_precision
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
     # Process 0 speaks for all; errors leave this block.
     with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
+        args, given = parse_arguments()
+        cuda = torch.cuda.is_available()
+        if cuda and torch.cuda.device_count() <= LOCAL_RANK:
+            raise BadInput(f"this machine has {torch.cuda.device_count()} GPU(s), one a process")
+        device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32, but for glotok.full_precision
+        if WORLD_SIZE > 1:
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))
         train(args, given, device)
     if WORLD_SIZE > 1:
         # Together: a process that left first was now and then aborted by its own threads.
@@ -270,16 +272,21 @@ def train(args, given, device):
         c = make_config(asdict(PRESETS[preset]) | given)
     check_batches(c)
     data = load_data(c.data, c.image_size, c.seed, decode_later=c.crop < 1)
+    if given.get("classes", len(data.classes)) != len(data.classes):
+        raise BadInput(f"--classes is {c.classes}, and the data have {len(data.classes)}")
     c = replace(c, classes=len(data.classes))
     if torch.is_tensor(data.train):
         data = data._replace(train=data.train.to(device))
     for line in describe(data):
         print(line, file=sys.stderr)
+    done = 0  # steps of the tokenizer
     if args.resume:
         if data.digest != trained_on["digest"]:
             raise BadInput(f"{out} was trained on other images: {difference(trained_on, data)}")
-        check_resumable(out, before, c)
-    lpips = load_lpips(args.lpips, device) if c.lambda_perceptual else None
+        done = check_resumable(out, before, c)
+    lpips = None
+    if c.lambda_perceptual and done < c.tokenizer_steps:
+        lpips = load_lpips(args.lpips, device)
     if RANK == 0:
         torch.manual_seed(c.seed)
         keep_teacher = args.resume and same_teacher(before, c)
@@ -375,17 +382,13 @@ def describe(data):
 
 
 def quotas(counts, n):
-    """Labels int64 (n,) with the shares of counts (classes,), by largest remainder, mixed evenly.
+    """Labels int64 (n,) in the shares of counts (classes,), each rounded up or down; shuffled.
 
     FID sees the shares of the classes, so that images for it must have those of the data.
     """
-    share = counts.double() * n / counts.sum()
-    quota = share.floor().long()
-    rest = n - int(quota.sum())
-    quota[(share - quota).argsort(descending=True, stable=True)[:rest]] += 1
-    labels = torch.arange(len(counts)).repeat_interleave(quota)
-    place = torch.cat([(torch.arange(k) + 0.5) / k for k in quota.tolist() if k])
-    return labels[place.argsort(stable=True)]
+    position = (torch.arange(n) + 0.5) / n * counts.sum()
+    labels = torch.searchsorted(counts.cumsum(0).double(), position.double(), right=True)
+    return labels[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
 
 
 # ---- listing
@@ -452,7 +455,7 @@ def list_split(path):
             path = folders[0]  # not a class of that name, since there is no other
         return list_folder(path), None, ""
     train, val = map(list_folder, split)
-    if set(val.names) == {""} != set(train.names):
+    if "" in val.names and "" not in train.names:
         raise BadInput(f"{split[1]} is flat, and {split[0]} has a folder a class: sort its images")
     unused = [folder.name for folder in folders_in(path) if folder not in split]
     if unused:
@@ -537,8 +540,10 @@ def digest_of(train, val):
             heads = [items.tobytes()] if isinstance(items, np.ndarray) else pool.map(head, items)
             for content in heads:
                 digest.update(content)
-            places = [str(item.relative_to(listing.root)) for item in items if listing.root]
-            digest.update(repr((places, listing.names)).encode())
+            if listing.root:
+                places = [str(item.relative_to(listing.root)) for item in items]
+                digest.update(repr(places).encode())
+            digest.update(repr(listing.names).encode())
     return digest.hexdigest()
 
 
@@ -800,6 +805,7 @@ def draw_shapes(n, size, seed):
 # ================================================================================================
 
 TEACHER_SETTINGS = ("teacher", "teacher_centres", "teacher_by_class", "bins")
+TEACHER_SETTINGS += ("image_size", "codes_sem", "code_dim")  # its floor, too
 MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
 
 
@@ -850,7 +856,8 @@ def teacher_vectors(c, data, device, teacher):
         if len(vectors) <= c.teacher_centres:
             note(f"teacher: the {len(vectors)} vectors of {c.teacher}, as they are")
             return vectors
-    note(f"teacher: clustering {len(vectors)} vectors, {c.teacher_centres} centres")  # minutes, if
+    # takes minutes, if they are a million
+    note(f"teacher: clustering {len(vectors)} vectors, {c.teacher_centres} centres")
     return glotok.teacher_centres(vectors, c.teacher_centres, labels)  # they are a million
 
 
@@ -1227,13 +1234,16 @@ class Stage:
         self.made_of = made_of or {}
         self.path = run.out / f"{name}.pt"
         self.done = 0  # steps
+        self.images_before = 0  # that earlier processes trained on
         self.seconds_before = 0.0  # of training, before this process
         self.peak_before = 0  # bytes of memory, of earlier processes
         if self.path.exists():
             saved = fid.load_checkpoint(self.path, run.device)
-            known = {name: part for name, part in parts.items() if name in saved}
-            fid.load_states(self.path, known, saved)  # a discriminator may be new
+            if "disc" not in saved:  # it enters now
+                parts = {name: parts[name] for name in parts if not name.startswith("disc")}
+            fid.load_states(self.path, parts, saved)
             self.done = saved["step"]
+            self.images_before = saved["images"]
             self.seconds_before = saved["seconds"]
             self.peak_before = saved["peak"]
         self.first = self.done
@@ -1299,7 +1309,7 @@ class Stage:
         saved = {name: part.state_dict() for name, part in self.parts.items()}
         saved |= {
             "step": self.done,
-            "images": self.done * self.batch_size,
+            "images": self.images_before + (self.done - self.first) * self.batch_size,
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "peak": max(self.peak_before, peak_memory(self.run.device)),
             **self.made_of,
@@ -1402,7 +1412,8 @@ def load_run(folder, device="cpu"):
 
 def difference(trained_on, data):
     """In what the data of a run differ from what it was trained on, in words."""
-    now = dict(zip(data.classes, torch.bincount(data.train_labels).tolist()))
+    counts = torch.bincount(data.train_labels, minlength=len(data.classes))
+    now = dict(zip(data.classes, counts.tolist()))
     before = dict(zip(trained_on["classes"], trained_on["counts"]))
     if now == before:
         return "as many in each class, but their content, names or split differ"
@@ -1411,7 +1422,10 @@ def difference(trained_on, data):
 
 
 def check_resumable(out, before, c):
-    """Say what changed in a run's settings; BadInput if its weights do not allow it."""
+    """Say what changed in a run's settings -> steps of its tokenizer that are done.
+
+    BadInput if its weights do not allow the change.
+    """
     changed = []
     for f in fields(Config):
         old = getattr(before, f.name)
@@ -1421,18 +1435,19 @@ def check_resumable(out, before, c):
     if changed:
         note(f"changed: {', '.join(changed)}")
     if not (out / "tokenizer.pt").exists():
-        return
+        return 0
     model = GloTok(c)
-    step = check_checkpoint(out / "tokenizer.pt", model, c.tokenizer_steps)
-    note_rate("tokenizer", tokenizer_rate(before, step, before.lr), tokenizer_rate(c, step, c.lr))
+    done = check_checkpoint(out / "tokenizer.pt", model, c.tokenizer_steps)
+    note_rate("tokenizer", tokenizer_rate(before, done, before.lr), tokenizer_rate(c, done, c.lr))
     generator = out / "generator.pt"
     if not generator.exists():
-        return
-    if step < c.tokenizer_steps:
+        return done
+    if done < c.tokenizer_steps:
         raise BadInput(f"{generator} was trained on the tokenizer as it is: move it away first")
     check_made_of(generator, model)
     step = check_checkpoint(generator, XAR(c), c.generator_steps)
     note_rate("generator", generator_rate(before, step), generator_rate(c, step))
+    return done
 
 
 def check_checkpoint(path, network, steps):
@@ -1472,7 +1487,8 @@ def parse_arguments():
         "--stage",
         default="all",
         choices=["tokenizer", "generator", "all"],
-        help="what to train; generator: of the tokenizer that is there (default %(default)s)",
+        help="what to train; generator: of the tokenizer that is there, finished first if need be "
+        "(default %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument(

@@ -72,13 +72,23 @@ def full_precision(device):
     The two best cosines of a feature often differ only in the third decimal; bf16 keeps two. The
     backward pass, if it runs after the block, has the settings outside.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if not hasattr(switches[0], "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    else:  # where callers use these switches, to read the older one is an error
+        before = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
+        else:
+            for switch, value in zip(switches, before):
+                switch.fp32_precision = value
 
 
 def nearest(x, y, max_similarities=2**24):

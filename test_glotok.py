@@ -3901,25 +3901,37 @@ def test_lpips_is_loaded_from_a_local_file_or_the_two_published_ones(
 # ---- precision and compilation
 
 
-def test_full_precision_whatever_is_set_outside():
-    a = torch.randn(64, 64)
-    b = torch.randn(64, 64)
-    exact = (a.double() @ b.double()).float()
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
+@pytest.mark.parametrize("switch", ["older", "newer"])
+def test_full_precision_whatever_is_set_outside(switch):
+    """A process of its own: torch refuses to read the one kind of switch once both were used."""
+    code = f"""
+        import sys, torch
+        import glotok
+        if {switch!r} == "older":
+            torch.set_float32_matmul_precision("medium")
+        elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.manual_seed(0)
+        a = torch.randn(64, 64)
+        b = torch.randn(64, 64)
+        exact = (a.double() @ b.double()).float()
         with torch.autocast("cpu", torch.bfloat16):
             assert (a @ b - exact).abs().max() > 1e-2
             with glotok.full_precision(a.device):
-                assert torch.get_float32_matmul_precision() == "highest"
                 assert (a @ b - exact).abs().max() < 1e-4
-            quantizer = Quantizer(500, 8, 0.25)
-            z = F.normalize(torch.randn(300, 8), dim=-1)
+            assert (a @ b - exact).abs().max() > 1e-2
+            quantizer = glotok.Quantizer(500, 8, 0.25)
+            z = torch.nn.functional.normalize(torch.randn(300, 8), dim=1)
             nearest = (z.double() @ quantizer.codebook.double().T).argmax(1)
             assert torch.equal(quantizer.look_up(z), nearest)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+        if {switch!r} == "older":
+            assert torch.get_float32_matmul_precision() == "medium"
+        elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """
+    done = run_process("-c", textwrap.dedent(code), cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("works", [True, False])

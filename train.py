@@ -49,6 +49,10 @@ import glotok
 from fid import BadInput, note
 from glotok import PRESETS, XAR, Config, GloTok
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these: this process among all,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of this machine,
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+
 LOG_EVERY = 20  # steps
 USAGE_IMAGES = 1000  # a code is in use if one of so many last images chose it: the log's usage
 ADV_RAMP = 2000  # steps over which the weight of L_G grows, since the discriminator is untrained
@@ -722,40 +726,18 @@ note_once = functools.lru_cache(None)(note)
 # 1), broadcast.
 
 
-def disc(u, v):
-    return torch.hypot(u, v) - 1
-
-
-def ring(u, v):
-    return (torch.hypot(u, v) - 0.75).abs() - 0.25
-
-
-def square(u, v):
-    return torch.maximum(u.abs(), v.abs()) - 0.85
-
-
-def triangle(u, v):
-    return torch.maximum(v - 0.55, 0.866 * u.abs() - 0.5 * v - 0.55)
-
-
-def cross(u, v):
-    across = torch.maximum(u.abs() - 1, v.abs() - 0.35)
-    upright = torch.maximum(v.abs() - 1, u.abs() - 0.35)
-    return torch.minimum(across, upright)
-
-
-def bars(u, v):
-    return torch.maximum(u.abs() - 0.95, (v.abs() - 0.6).abs() - 0.28)
-
-
 SHAPES = {
-    "disc": disc,
-    "ring": ring,
-    "square": square,
-    "triangle": triangle,
-    "cross": cross,
-    "bars": bars,
+    "disc": lambda u, v: torch.hypot(u, v) - 1,
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.75).abs() - 0.25,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.85,
+    "triangle": lambda u, v: torch.maximum(v, 0.866 * u.abs() - 0.5 * v) - 0.55,
+    "cross": lambda u, v: torch.minimum(box(u, v, 1, 0.35), box(u, v, 0.35, 1)),
+    "bars": lambda u, v: box(u, v.abs() - 0.6, 0.95, 0.28),
 }
+
+
+def box(u, v, width, height):
+    return torch.maximum(u.abs() - width, v.abs() - height)
 
 
 def draw_shapes(n, size, seed):
@@ -1162,10 +1144,6 @@ def compile_networks(c, device, *networks):
 # Several processes (torchrun). Every process takes an equal share of every batch; its random
 # numbers are its own, and gradients are averaged. What looks at a batch as a whole (coverage,
 # revival, batch norm, gradient_ratio, InfoNCE) sees the micro-batch of one process.
-
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def own_share(x):

@@ -1372,7 +1372,7 @@ def make_config(settings):
 
 def load_teacher(folder):
     """What make_teacher left in the run folder."""
-    path = folder / "teacher.pt"
+    path = Path(folder) / "teacher.pt"
     teacher = fid.load_checkpoint(path)
     if not isinstance(teacher, dict) or not {"histogram", "floor"} <= set(teacher):
         raise BadInput(f"{path} is not a teacher that this program made")

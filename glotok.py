@@ -906,10 +906,17 @@ def rotary_angles(positions, head_width):
     return (positions[:, :, None] * frequencies).flatten(1)
 
 
+def rotary_tables(angles):
+    """Angles (T, D / 2) -> what `rotate` multiplies with, two tensors (T, 1, 1, D)."""
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat([cos, cos], 1)[:, None, None], torch.cat([-sin, sin], 1)[:, None, None]
+
+
 def rotate(x, cos, sin):
-    """Turn the channel pairs (i, D / 2 + i) of x (B, heads, T, D); cos and sin (T, D / 2)."""
-    a, b = x.chunk(2, dim=3)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
+    """Turn the channel pairs (i, D / 2 + i) of x (B, T, ..., ..., D); cos, sin: rotary_tables."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([b, a], dim=-1) * sin).to(x.dtype)
 
 
 def timestep_embedding(t, width=256):
@@ -939,7 +946,7 @@ class XARBlock(nn.Module):
     def forward(self, x, condition, rotary, mask=None, cache=None):
         """Tokens x (B, T, width) of some cells, condition (B, cells, width) -> (B, T, width).
 
-        rotary: cos and sin, (T, width / heads / 2) each. mask, in training: bool (T, T), which keys
+        rotary: the tables of `rotate` for these tokens. mask, in training: bool (T, T), which keys
         each query may see. cache, in sampling: see `attend`.
         """
         modulation = self.adaln(F.silu(condition))[:, :, None]  # (B, cells, 1, 6 * width)
@@ -958,10 +965,9 @@ class XARBlock(nn.Module):
         cache: keys and values of the whole grid, (B, heads, all tokens, width / heads) each, and
         the slice of it where these T tokens stand, which they fill.
         """
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
-        q = rotate(q, *rotary)
-        k = rotate(k, *rotary)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, heads, width / heads)
+        q, k = rotate(qkv[:, :, :2], *rotary).permute(2, 0, 3, 1, 4)  # (B, heads, T, ...) each
+        v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             keys, values, here = cache
             keys[:, :, here] = k
@@ -1010,8 +1016,9 @@ class XAR(nn.Module):
         cell_of_token = torch.arange(self.cells).repeat_interleave(self.tokens_per_cell)
         mask = cell_of_token[:, None] >= cell_of_token[None, :]  # itself and the cells before it
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = rotary_tables(angles)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         # Paper silent: the scale of the latents. Flow matching wants a deviation near 1, so we
         # divide them by their standard deviation, one number, which train.py sets.

@@ -1368,7 +1368,7 @@ def test_a_conditional_block_in_numpy():
     condition = torch.randn(1, 2, 8, dtype=torch.float64)
     angles = torch.randn(6, 4, dtype=torch.float64)
     mask = torch.tensor([[j // 3 <= i // 3 for j in range(6)] for i in range(6)])
-    found = block(x, condition, (angles.cos(), angles.sin()), mask)
+    found = block(x, condition, glotok.rotary_tables(angles), mask)
 
     w = {name: p.numpy() for name, p in block.named_parameters()}
 

@@ -2886,7 +2886,7 @@ def test_one_broken_picture_in_many_is_named_and_left_out(tmp_path, capsys):
     assert torch.equal(after.val, before.val)
     assert "008.png" in capsys.readouterr().err
     (tmp_path / "010.png").write_bytes(b"not a picture")
-    with pytest.raises(BadInput, match="2 of 143"):
+    with pytest.raises(BadInput, match="2 of 150"):
         train.load_data(str(tmp_path), 16)
 
 

@@ -348,14 +348,18 @@ def load_data(spec, size, seed=0, decode_later=False):
         train, val = hold_out(train)
         val_from = "a fixed random twentieth"
     digest = digest_of(train, val)
+    n = len(train.items) + len(val.items)
     train = read_all(train, size, decode_later)
+    val = read_all(val, size)
+    unreadable = n - len(train.items) - len(val.items)
+    if unreadable > 0.01 * n:
+        raise BadInput(f"{spec}: {unreadable} of {n} images cannot be read")
     with_images = set(train.names)
     lost = [name for name in sorted(set(val.names) | set(classes)) if name not in with_images]
     if lost:
         note(f"left out: classes without an image to train on: {', '.join(map(repr, lost[:5]))}")
         classes = [name for name in classes if name in with_images]
         val = take(val, [i for i, name in enumerate(val.names) if name in with_images])
-    val = read_all(val, size)
     if not len(val.items):
         raise BadInput(f"{spec}: no image is held out of the classes that are trained on")
     return Data(
@@ -654,7 +658,7 @@ def memory_budget():
 def read_all(listing, size, decode_later=False):
     """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
 
-    Up to 1 % unreadable ones are left out; of more, BadInput.
+    Unreadable ones are left out.
     """
     n = len(listing.items)
     if decode_later or n * 3 * size * size > memory_budget():
@@ -667,8 +671,6 @@ def read_all(listing, size, decode_later=False):
     for index, batch in zip(batches, stream):
         images[index] = batch
         progress.update(index[-1].item() + 1)
-    if len(unreadable) > 0.01 * n:
-        raise BadInput(f"{listing.name}: {len(unreadable)} of {n} images cannot be read")
     readable = [i for i in range(n) if i not in unreadable]
     return take(listing._replace(items=images), readable)
 

@@ -461,7 +461,11 @@ def list_split(path):
         folders = folders_in(path)
         if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
             path = folders[0]  # not a class of that name, since there is no other
-        return list_folder(path), None, ""
+        listing = list_folder(path)
+        for name in sorted(set(listing.names)):
+            if name.lower() in TRAIN_NAMES + VAL_NAMES:
+                note(f"{name}/ is taken for a class: a split has both train/ and val/")
+        return listing, None, ""
     train, val = map(list_folder, split)
     if "" in val.names and "" not in train.names:
         raise BadInput(f"{split[1]} is flat, and {split[0]} has a folder a class: sort its images")
@@ -556,8 +560,11 @@ def digest_of(train, val):
 
 
 def head(path):
-    with open(path, "rb") as file:
-        return path.stat().st_size.to_bytes(8, "big") + file.read(65536)
+    try:
+        with open(path, "rb") as file:
+            return path.stat().st_size.to_bytes(8, "big") + file.read(65536)
+    except OSError:  # read_all will meet it again
+        return b""
 
 
 # ---- published data sets

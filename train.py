@@ -286,7 +286,9 @@ def train(args, given, device):
     done = 0  # steps of the tokenizer
     if args.resume:
         if data.digest != trained_on["digest"]:
-            raise BadInput(f"{out} was trained on other images: {difference(trained_on, data)}")
+            then = f"{sum(trained_on['counts'])} of {len(trained_on['classes'])} classes"
+            now = f"{len(data.train)} of {c.classes}"
+            raise BadInput(f"{out} was trained on other images: {then} then, {now} now")
         done = check_resumable(out, before, c)
     lpips = None
     if c.lambda_perceptual and done < c.tokenizer_steps:
@@ -1395,17 +1397,6 @@ def load_run(folder, device="cpu"):
     path = Path(folder) / "tokenizer.pt"
     fid.load_states(path, {"model": model}, fid.load_checkpoint(path, device))
     return model.eval()
-
-
-def difference(trained_on, data):
-    """In what the data of a run differ from what it was trained on, in words."""
-    counts = torch.bincount(data.train_labels, minlength=len(data.classes))
-    now = dict(zip(data.classes, counts.tolist()))
-    before = dict(zip(trained_on["classes"], trained_on["counts"]))
-    if now == before:
-        return "as many in each class, but their content, names or split differ"
-    then = f"{sum(before.values())} in {len(before)} classes"
-    return f"then {then}, now {len(data.train)} in {len(now)}"
 
 
 def check_resumable(out, before, c):

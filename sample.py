@@ -594,6 +594,8 @@ def parse_arguments():
     add("--weights", metavar="FILE", help="a local file of the FID network (default: downloaded)")
     add("--force", action="store_true", help="overwrite the file")
     args = parser.parse_args()
+    if "" in (args.run, args.out):
+        raise BadInput("RUN or --out is empty")
     args.run = Path(args.run)
     check_arguments(args)
     return args

@@ -2696,8 +2696,15 @@ LAYOUTS = [
     ("a 20, b 20, .thumbnails 9, c/.hidden 9", "a b", 38, 2),
     ("train/a 4, train/b 4, val/a 2, val/c 2", "a b", 8, 2),  # no image of c to train on
     ("train/a 4, train/b 4, val 2", None, 0, 0),
+    ("7 20, 07 20", "07 7", 38, 2),  # an order of their own, though the numbers are equal
+    ("a 38, b 1, c 1", "a b c", 38, 2),  # no class is held out as a whole
+    ("a 3, . 30", None, 0, 0),
+    ("train/A 4, val/a 4", None, 0, 0),  # nothing is held out of the class that is trained on
     ("data/train/a 4, data/val/a 4", None, 0, 0),
+    ("a/train 4, a/val 4, b/train 4, b/val 4", None, 0, 0),
+    ("n01440764 20, tench 20", "n01440764 tench", 38, 2),  # words for Imagenette's ten alone
     ("a 1", None, 0, 0),
+    ("a 1, b 1", None, 0, 0),
     ("a/b 0", None, 0, 0),
 ]
 
@@ -2903,6 +2910,29 @@ def test_cifar_records_are_read_in_place(tmp_path):
     assert (of_train.items[2, :, :, 1] == 20).all()
     assert of_val.items[0, :, :, 2].flatten().tolist() == list(range(256)) * 4
     assert list(tmp_path.iterdir()) == [path]  # nothing unpacked
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 1)])
+def test_arrays_to_train_on_are_chosen_by_name_and_labels_may_be_a_column(tmp_path, shape):
+    images = np.zeros((12, 8, 8, 3), np.uint8)
+    labels = (np.arange(12) % 3).reshape(shape)
+    path = tmp_path / "data.npz"
+    np.savez(path, test_images=images[:5] + 9, train_images=images, train_labels=labels)
+    listing = train.list_arrays(path)
+    assert listing.items.shape == images.shape
+    assert listing.names == list("012012012012")
+    np.savez(path, images[:, :0])
+    with pytest.raises(BadInput, match="must hold images"):
+        train.list_arrays(path)
+
+
+def test_a_line_follows_one_that_a_crash_cut_short(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for text in ("first", "second"):
+        train.append_line(path, text)
+    path.write_text(path.read_text() + "cut sho")
+    train.append_line(path, "last")
+    assert path.read_text() == "first\nsecond\ncut sho\nlast\n"
 
 
 @pytest.fixture
@@ -3548,6 +3578,17 @@ def test_a_generator_of_another_tokenizer_is_refused(copied_run, run_command, tm
     out = ["--n", 2, "--out", tmp_path / "x.png"]
     assert_refused(run_command(sample, copied_run, *out), "sample.py")
     assert_refused(run_command(train, "--resume", "--out", copied_run), "train.py")
+    (copied_run / "tokenizer.pt").unlink()
+    before = read_files(copied_run)
+    assert_refused(run_command(train, "--resume", "--out", copied_run), "train.py")
+    assert read_files(copied_run) == before
+
+
+@pytest.mark.parametrize("script, words", [(train, ["--out", ""]), (sample, [""])])
+def test_an_empty_folder_is_no_folder(script, words, run_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_command(script, *words), f"{script.__name__}.py")
+    assert not list(tmp_path.iterdir())
 
 
 # runs the script that follows, which can write no file of more than 100,000 bytes

@@ -330,7 +330,7 @@ Listing = namedtuple("Listing", "name root items names")
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there
-LABEL_NAMES = ("labels", "label", "y_train", "arr_1")
+LABEL_NAMES = ("labels", "label", "y_train", "train_labels", "arr_1")
 
 
 def load_data(spec, size, seed=0, decode_later=False):
@@ -364,12 +364,13 @@ def load_data(spec, size, seed=0, decode_later=False):
         val = take(val, [i for i, name in enumerate(val.names) if name in with_images])
     if not len(val.items):
         raise BadInput(f"{spec}: no image is held out of the classes that are trained on")
+    is_imagenette = set(classes) <= set(IMAGENETTE_CLASSES)
     return Data(
         train.items,
         labels_of(train, classes),
         val.items,
         labels_of(val, classes),
-        [IMAGENETTE_CLASSES.get(name, name) for name in classes],
+        [IMAGENETTE_CLASSES[name] for name in classes] if is_imagenette else classes,
         digest,
         val_from,
     )
@@ -405,8 +406,8 @@ def quotas(counts, n):
 
 
 def by_number(name):
-    """A key that sorts class names, those that are numbers as numbers."""
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+    """A key that sorts class names, those that are numbers as numbers; 07 and 7 differ, too."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
 def labels_of(listing, classes):
@@ -422,12 +423,17 @@ def take(listing, index):
 
 
 def hold_out(listing):
-    """Listing -> two Listings, the second a fixed random twentieth of it, at least one image."""
+    """Listing -> two Listings, the second a fixed random twentieth of it, at least one image.
+
+    A class whose images would all be held out is trained on instead.
+    """
     n = len(listing.items)
     if n < 2:
         raise BadInput(f"{listing.name}: {n} image(s) are too few: one to train on, one held out")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     held_out = set(order[: max(1, n // 20)].tolist())
+    trained_on = {name for i, name in enumerate(listing.names) if i not in held_out}
+    held_out = {i for i in held_out if listing.names[i] in trained_on}
     train = [i for i in range(n) if i not in held_out]
     return take(listing, train), take(listing, sorted(held_out))
 
@@ -457,10 +463,12 @@ def list_split(path):
     """A folder -> Listings to train on and held out, or None, and where the second is from."""
     split = find_split(path)
     if split is None:
-        for folder in folders_in(path):
-            if find_split(folder):
-                raise BadInput(f"{path} is above the data: give --data {folder}")
         folders = folders_in(path)
+        with_split = [folder for folder in folders if find_split(folder)]
+        if len(with_split) == 1:
+            raise BadInput(f"{path} is above the data: give --data {with_split[0]}")
+        if with_split:
+            raise BadInput(f"{path}: want train/CLASS and val/CLASS, not CLASS/train and CLASS/val")
         if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
             path = folders[0]  # not a class of that name, since there is no other
         listing = list_folder(path)
@@ -503,6 +511,8 @@ def list_folder(path):
             passed_over.append(file)
     names = [file.relative_to(path).parts[0] if file.parent != path else "" for file in images]
     if "" in names and len(set(names)) > 1:  # beside class folders
+        if 2 * names.count("") > len(names):
+            raise BadInput(f"{path}: more images beside its folders than in them: sort them")
         passed_over += [file for file, name in zip(images, names) if not name]
         images = [file for file, name in zip(images, names) if name]
         names = [name for name in names if name]
@@ -521,17 +531,18 @@ def list_arrays(path):
     """An .npz of images and maybe labels -> Listing. Other arrays are named as ignored."""
     arrays = fid.read_arrays(path)
     with_images = [name for name, array in arrays.items() if array.ndim == 4]
-    for preferred in ("x_train", "arr_0"):
+    for preferred in ("x_train", "train_images", "arr_0"):
         if preferred in with_images:
             with_images = [preferred]
     images = arrays[with_images[0]] if with_images else np.zeros(0)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         listed = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or "nothing"
         raise BadInput(f"{path} must hold images uint8 (N, H, W, 3), and holds {listed[:500]}")
     labels = np.zeros(len(images), np.int64)
     label_names = [name for name in LABEL_NAMES if name in arrays and name not in with_images]
     if label_names:
         labels = arrays[label_names[0]]
+        labels = labels[:, 0] if labels.shape == (len(images), 1) else labels  # as Keras has them
     ignored = [name for name in arrays if name not in with_images[:1] + label_names[:1]]
     if ignored:
         note(f"{path}: ignored: {', '.join(ignored)}")
@@ -675,7 +686,7 @@ def read_all(listing, size, decode_later=False):
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
     unreadable = set()
     progress = fid.Progress(f"reading {listing.name}", n)
-    batches = torch.arange(n).split(256)
+    batches = torch.arange(n).split(256) if n else []
     stream = stream_batches(listing.items, batches, torch.device("cpu"), size, None, unreadable)
     for index, batch in zip(batches, stream):
         images[index] = batch
@@ -1287,8 +1298,7 @@ class Stage:
         self.progress.update(self.done, f"{text} {speed:.3g} images/s")
         if RANK == 0:
             row = {"stage": self.name, "step": self.done, **figures}
-            with open(self.run.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.run.out / "log.jsonl", json.dumps(row))
 
     def save(self):
         """Write the checkpoint."""
@@ -1314,6 +1324,16 @@ class Stage:
         out = self.run.out
         print(f"\nstopped after step {self.done}: go on with --resume --out {out}", file=sys.stderr)
         raise KeyboardInterrupt
+
+
+def append_line(path, text):
+    """Append a line to a file; one that a crash cut short is ended first."""
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def peak_memory(device):
@@ -1412,12 +1432,14 @@ def check_resumable(out, before, c):
             changed.append(f"{f.name} {old} -> {new}")
     if changed:
         note(f"changed: {', '.join(changed)}")
+    generator = out / "generator.pt"
     if not (out / "tokenizer.pt").exists():
+        if generator.exists():
+            raise BadInput(f"{generator} is there without its tokenizer.pt: move it away first")
         return 0
     model = GloTok(c)
     done = check_checkpoint(out / "tokenizer.pt", model, c.tokenizer_steps)
     note_rate("tokenizer", tokenizer_rate(before, done, before.lr), tokenizer_rate(c, done, c.lr))
-    generator = out / "generator.pt"
     if not generator.exists():
         return done
     if done < c.tokenizer_steps:
@@ -1487,6 +1509,8 @@ def parse_arguments():
             help=f"{f.metadata['help']} ({str(f.default).strip('()')})",
         )
     args = parser.parse_args()
+    if args.out == "":
+        raise BadInput("--out is empty: want the run folder")
     args.out = Path(args.out or f"runs/{args.preset or 'shapes'}")
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if "channel_mult" in given:

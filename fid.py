@@ -52,7 +52,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1191,6 +1191,10 @@ def pair_samples(reference, samples):
     if all(name.isdecimal() for name in reference_names + sample_names):
         reference_names = [int(name) for name in reference_names]
         sample_names = [int(name) for name in sample_names]
+    for names in (reference_names, sample_names):
+        if len(set(names)) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise BadInput(f"--paired: several images of one side are called {twice!r}")
     common = set(reference_names) & set(sample_names)
     if len(common) < max(len(reference_names), len(sample_names)):
         alone = sorted(set(reference_names) ^ set(sample_names))

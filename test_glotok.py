@@ -2467,6 +2467,16 @@ def test_pairs_go_by_name(kind, tmp_path, quick_net, run_command):
     assert (result.status, result.out) == (2, "")
 
 
+def test_pairs_of_a_name_that_occurs_twice_are_refused(tmp_path, quick_net, run_command):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("1.png", "01.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / name)
+    result = run_command(fid, tmp_path / "a", tmp_path / "b", "--paired")
+    assert_refused(result, "fid.py")
+    assert "several images" in result.err
+
+
 def test_size_crops_and_shrinks_both_sets(quick_net, tmp_path, run_command):
     """Of pictures 40 x 24, the middle square, 16 x 16. Samples of that size stay as they are."""
     folder = tmp_path / "large"

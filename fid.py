@@ -1134,7 +1134,7 @@ def run_script(main):
         main()
     except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            error = "the GPU has too little memory; a smaller batch takes less"
+            error = "the GPU has too little memory"
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)  # over an unfinished progress line
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
@@ -1253,8 +1253,9 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = read_set(args.reference)
     samples = read_set(args.samples)
-    if args.paired:
+    if args.paired:  # before the network runs, for its errors are found soon
         samples = pair_samples(reference, samples)
+        paired_psnr = mean_psnr(reference, samples, args.size)
 
     of_samples = {TAKES[name] for name in args.only}
     if reference.items is None or samples.items is None:
@@ -1272,7 +1273,7 @@ def main():
     split_size = 5000 if args.unshuffled else None
     figures = compare(reference, samples, args.only, paired=args.paired, split_size=split_size)
     if args.paired:
-        figures["psnr"] = mean_psnr(reference, samples, args.size)
+        figures["psnr"] = paired_psnr
     if not (figures or args.save_stats):
         raise BadInput("nothing that was asked for can be had of these two sets")
     for name, value in figures.items():

@@ -306,8 +306,9 @@ def load_generator(folder, model, device="cpu"):
             f"python train.py --resume --stage generator --out {folder}"
         )
     generator = glotok.XAR(model.config).to(device)
-    fid.load_states(path, {"ema_model": generator}, fid.load_checkpoint(path, device))
-    check_made_of(path, model)
+    saved = fid.load_checkpoint(path, device)
+    fid.load_states(path, {"ema_model": generator}, saved)
+    check_made_of(path, saved, model)
     return generator.eval()
 
 

@@ -1444,25 +1444,29 @@ def check_resumable(out, before, c):
         return done
     if done < c.tokenizer_steps:
         raise BadInput(f"{generator} was trained on the tokenizer as it is: move it away first")
-    check_made_of(generator, model)
-    step = check_checkpoint(generator, XAR(c), c.generator_steps)
+    step = check_checkpoint(generator, XAR(c), c.generator_steps, made_of=model)
     note_rate("generator", generator_rate(before, step), generator_rate(c, step))
     return done
 
 
-def check_checkpoint(path, network, steps):
-    """Load a stage's weights into the network -> steps done. BadInput if they do not fit."""
+def check_checkpoint(path, network, steps, made_of=None):
+    """Load a stage's weights into the network -> steps done. BadInput if they do not fit.
+
+    made_of: of a generator, the tokenizer that it must have been trained with.
+    """
     saved = fid.load_checkpoint(path)
     fid.load_states(path, {"model": network}, saved)
+    if made_of:
+        check_made_of(path, saved, made_of)
     if saved["step"] > steps:
         raise BadInput(f"{path} has been trained for {saved['step']} steps already")
     return saved["step"]
 
 
-def check_made_of(generator, model):
-    """BadInput if the generator's checkpoint was trained on tokens of another tokenizer."""
-    if fid.load_checkpoint(generator).get("tokenizer") != weights_digest(model):
-        raise BadInput(f"{generator} was trained on the tokens of another tokenizer")
+def check_made_of(path, saved, model):
+    """BadInput if saved, a generator's checkpoint, was trained on tokens of another tokenizer."""
+    if saved.get("tokenizer") != weights_digest(model):
+        raise BadInput(f"{path} was trained on the tokens of another tokenizer")
 
 
 def note_rate(name, before, now):

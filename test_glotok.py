@@ -3391,6 +3391,22 @@ def test_training_on_crops_of_files_resumes(tmp_path, run_command):
     assert_same_weights(whole, halves, "tokenizer")
 
 
+def test_images_found_unreadable_in_training_are_few_or_an_error(tmp_path, run_command):
+    """With crops they are decoded in training; before, none is looked at."""
+    folder = tmp_path / "data"
+    save_pictures(folder / "train" / "a", 20)
+    save_pictures(folder / "train" / "a", 10, name="{:03d}.bad.png")
+    for path in (folder / "train" / "a").glob("*.bad.png"):
+        path.write_bytes(b"no picture")
+    save_pictures(folder / "val" / "a", 4, seed=50)
+    flags = [*FLAGS, "--teacher", "sphere", "--data", folder, "--crop", 0.6]
+    flags += ["--stage", "tokenizer", "--tokenizer_steps", 8, "--out", tmp_path / "run"]
+    result = run_command(train, *flags)
+    assert_refused(result, "train.py")
+    assert "training images cannot be read" in result.err
+    assert not (tmp_path / "run" / "tokenizer.pt").exists()
+
+
 # ---- micro-batches and processes
 
 # Without what looks at a micro-batch as a whole or draws for itself.

@@ -51,7 +51,8 @@ from glotok import PRESETS, XAR, Config, GloTok
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these: this process among all,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of this machine,
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are,
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # and how many on this machine
 
 LOG_EVERY = 20  # steps
 USAGE_IMAGES = 1000  # a code is in use if one of so many last images chose it: the log's usage
@@ -659,7 +660,7 @@ def unpack(archive, name):
 # Threads decode: Pillow lets go of Python's lock while it decodes and resizes, and threads, unlike
 # worker processes, share memory and do not die alone.
 
-WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+WORKERS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)
 
 
 def memory_budget():
@@ -668,8 +669,7 @@ def memory_budget():
     A quarter of the machine's, shared by the processes on it, and no more than a quarter of a
     GPU's free memory.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // processes
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // LOCAL_WORLD_SIZE
     if not torch.cuda.is_available():
         return host
     return min(host, torch.cuda.mem_get_info()[0] // 4)
@@ -860,9 +860,9 @@ def teacher_vectors(c, data, device, teacher):
         if len(vectors) <= c.teacher_centres:
             note(f"teacher: the {len(vectors)} vectors of {c.teacher}, as they are")
             return vectors
-    # takes minutes, if they are a million
+    # a note, since a million take minutes
     note(f"teacher: clustering {len(vectors)} vectors, {c.teacher_centres} centres")
-    return glotok.teacher_centres(vectors, c.teacher_centres, labels)  # they are a million
+    return glotok.teacher_centres(vectors, c.teacher_centres, labels)
 
 
 def train_convnet(c, data, device, steps=300, batch_size=64):
@@ -1072,18 +1072,26 @@ def random_crops(c, step):
 
 
 def training_batches(run, steps):
-    """This process's share of the images of each of the steps: an iterator of (B, 3, H, W)."""
+    """Yield this process's share of the images of each of the steps, uint8 (B, 3, H, W).
+
+    BadInput if more than 1 % of the images that are read only now cannot be read.
+    """
     c = run.config
     n = len(run.data.train)
     indices = (own_share(batch_indices(n, c.batch_size, step, c.seed)) for step in steps)
     crops = None
     if c.crop < 1:
         crops = (own_share(random_crops(c, step)) for step in steps)
-    return stream_batches(run.data.train, indices, run.device, c.image_size, crops)
+    unreadable = set()
+    items = run.data.train
+    for images in stream_batches(items, indices, run.device, c.image_size, crops, unreadable):
+        if len(unreadable) > 0.01 * n:
+            raise BadInput(f"{len(unreadable)} of {n} training images cannot be read")
+        yield images
 
 
 def mirrored(x, c):
-    """Images (B, 3, H, W), a random half of them mirrored if config.flip is 1."""
+    """Images (B, 3, H, W), a random half of them mirrored if c.flip is 1."""
     mirror = torch.rand(len(x), 1, 1, 1, device=x.device) < c.flip / 2
     return torch.where(mirror, x.flip(3), x)
 

@@ -1064,8 +1064,6 @@ class XAR(nn.Module):
         z_t = torch.lerp(z, noise, t[:, :, None, None])  # (1 - t) z + t eps
         return F.mse_loss(self.velocity(z_t, t, labels), noise - z)
 
-    forward = loss  # what DistributedDataParallel and torch.compile call
-
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
         # The logit of t is normal (xAR: with mean 0). Few t then lie near 1, where the shape of a

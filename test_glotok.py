@@ -786,7 +786,7 @@ def test_networks_in_bfloat16_say_nearly_the_same():
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             recon, losses = model(x)
-            flow = xar(latents, labels, draws)
+            flow = xar.loss(latents, labels, draws)
         assert recon.dtype == torch.float32
         assert {loss.dtype for loss in losses.values()} == {torch.float32}
         assert flow.dtype == torch.float32

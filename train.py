@@ -184,7 +184,7 @@ def train_generator(run, model):
         for i in index.chunk(c.accumulate):
             latents = model.to_latents(*tokens[i].long().unbind(1))
             with autocast(c, device):
-                loss = xar(latents, labels[i])
+                loss = xar.loss(latents, labels[i])
             (loss / c.accumulate).backward()
             add_to(means, {"flow": loss}, 1 / c.accumulate)
         means["grad_norm"] = descend(xar, optimizer, c.clip)

@@ -3494,7 +3494,7 @@ def test_stopped_anywhere_a_run_resumes_to_the_same_weights(
 
     # An unfinished tokenizer is finished before the generator.
     with monkeypatch.context() as patch:
-        patch.setattr(XAR, "forward", with_signal(XAR.forward, 12, number))
+        patch.setattr(XAR, "loss", with_signal(XAR.loss, 12, number))
         flags = ["--resume", "--stage", "generator", "--out", folder]
         assert run_command(train, *flags).status == 130
     assert torch.load(folder / "generator.pt", weights_only=True)["step"] == 12

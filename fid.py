@@ -1024,9 +1024,9 @@ def read_arrays(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A file of tensors and plain values. Code in it is never run."""
+    """A file of a dict of tensors and plain values. Code in it is never run."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return dict(torch.load(path, map_location=device, weights_only=True))
     except (
         *BROKEN,
         AttributeError,

@@ -3323,9 +3323,8 @@ def fake_encoding(monkeypatch, tokens):
 
 
 def generator_run(folder, config, labels):
-    data = argparse.Namespace(train=labels, train_labels=labels)
-    folder.mkdir()
-    return train.Run(config, folder, data, {}, torch.device("cpu"))
+    data = train.Data(labels, labels, labels, labels, ["a"], "digest", "val/")
+    return train.Run(config, config, folder, "shapes", data, {}, CPU)
 
 
 def test_the_latents_deviation_is_that_of_the_whole_training_set(tmp_path, monkeypatch):

@@ -58,16 +58,17 @@ LOG_EVERY = 20  # steps
 USAGE_IMAGES = 1000  # a code is in use if one of so many last images chose it: the log's usage
 ADV_RAMP = 2000  # steps over which the weight of L_G grows, since the discriminator is untrained
 
-# config: Config; out: its folder; data: Data; teacher: what make_teacher gives
-Run = namedtuple("Run", "config out data teacher device")
+# config: Config; before: the Config that a resumed run had; out: its folder; preset: a name
+# data: Data; teacher: what make_teacher gives
+Run = namedtuple("Run", "config before out preset data teacher device")
 
 # ================================================================================================
 # 1. The tokenizer
 # ================================================================================================
 
 
-def train_tokenizer(run, lpips, look):
-    """Descend eq. (13) -> the model. lpips and look: networks, or None where no loss needs them."""
+def train_tokenizer(run, lpips_file):
+    """Descend eq. (13) -> the model. lpips_file: see load_lpips."""
     c = run.config
     device = run.device
     torch.manual_seed(c.seed)
@@ -79,13 +80,16 @@ def train_tokenizer(run, lpips, look):
     if c.lambda_adv:
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
     stage = Stage(run, "tokenizer", parts, c.tokenizer_steps, c.batch_size)
-    if stage.done >= stage.steps:
+    if stage.done == stage.steps:
         return model.eval()
     teacher = run.teacher["histogram"].to(device)
+    look = local_teacher(run)
+    lpips = load_lpips(lpips_file, device) if c.lambda_perceptual else None
     # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
     compile_networks(c, device, model.encoder, model.decoder, disc)
-    announce(stage, model, c, device)
+    old = run.before
+    note_jump(tokenizer_rate(old, stage.done, old.lr), tokenizer_rate(c, stage.done, c.lr))
 
     def losses_of(images, ramp):
         """Images uint8 (B, 3, H, W) -> every loss, a dict of scalars, and L, with gradient.
@@ -160,9 +164,8 @@ def train_generator(run, model):
     ema_model = copy.deepcopy(xar).requires_grad_(False)  # the moving average, which samples
     optimizer = torch.optim.AdamW(decay_groups(xar), c.gen_lr, (0.9, 0.96), fused=True)
     parts = {"model": xar, "ema_model": ema_model, "optimizer": optimizer}
-    made_of = {"tokenizer": weights_digest(model)}
-    stage = Stage(run, "generator", parts, c.generator_steps, c.gen_batch, made_of)
-    if stage.done >= stage.steps:
+    stage = Stage(run, "generator", parts, c.generator_steps, c.gen_batch, made_of=model)
+    if stage.done == stage.steps:
         return
     tokens = encode_training_set(run, model)  # int32 (N, 2, h, w)
     labels = run.data.train_labels.to(device)
@@ -175,7 +178,7 @@ def train_generator(run, model):
         xar.latent_std.copy_(latent_std)
         ema_model.latent_std.copy_(latent_std)
     compile_networks(c, device, *xar.blocks)
-    announce(stage, xar, c, device)
+    note_jump(generator_rate(run.before, stage.done), generator_rate(c, stage.done))
 
     def step(index, decay):
         """A step on the tokens at index (B,) -> the mean loss, the norm of the gradient."""
@@ -269,6 +272,7 @@ def main():
 def train(args, given, device):
     """Data, teacher, tokenizer, generator. What may fail comes before anything is written."""
     out = args.out
+    before = None
     if args.resume:
         before, preset, trained_on = load_config(out)
         c = make_config(asdict(before) | given)
@@ -282,35 +286,25 @@ def train(args, given, device):
     c = replace(c, classes=len(data.classes))
     if torch.is_tensor(data.train):
         data = data._replace(train=data.train.to(device))
-    for line in describe(data):
-        print(line, file=sys.stderr)
-    done = 0  # steps of the tokenizer
+    print(*describe(data), sep="\n", file=sys.stderr)
     if args.resume:
         if data.digest != trained_on["digest"]:
             then = f"{sum(trained_on['counts'])} of {len(trained_on['classes'])} classes"
             now = f"{len(data.train)} of {c.classes}"
             raise BadInput(f"{out} was trained on other images: {then} then, {now} now")
-        done = check_resumable(out, before, c)
-    lpips = None
-    if c.lambda_perceptual and done < c.tokenizer_steps:
-        lpips = load_lpips(args.lpips, device)
-    if RANK == 0:
+        note_changes(before, c)
+    if before and all(getattr(before, name) == getattr(c, name) for name in TEACHER_SETTINGS):
+        teacher = load_teacher(out)
+    else:
         torch.manual_seed(c.seed)
-        keep_teacher = args.resume and same_teacher(before, c)
-        teacher = load_teacher(out) if keep_teacher else make_teacher(c, data, device)
-        write_run(out, preset, c, data, teacher)
-    if WORLD_SIZE > 1:
-        dist.barrier()  # the others wait for the teacher
-    teacher = load_teacher(out)
-    look = None
-    if c.semantic in ("fqgan", "vavae"):
-        look = feature_network(c.teacher, teacher, device)
-    run = Run(c, out, data, teacher, device)
+        teacher = from_first_process(lambda: make_teacher(c, data, device))
+    run = Run(c, before or c, out, preset, data, teacher, device)
 
-    model = train_tokenizer(run, lpips, look)
+    model = train_tokenizer(run, args.lpips)
     if args.stage != "tokenizer":
         train_generator(run, model)
     if RANK == 0:
+        save_settings(run)
         print(f"done. What it has learned: python sample.py {out}")
 
 
@@ -813,10 +807,6 @@ TEACHER_SETTINGS += ("image_size", "codes_sem", "code_dim")  # its floor, too
 MAX_FLOOR_CODES = 4096  # more take minutes, and hardly change the floor
 
 
-def same_teacher(before, c):
-    return all(getattr(before, name) == getattr(c, name) for name in TEACHER_SETTINGS)
-
-
 def make_teacher(c, data, device):
     """All that training needs of the teacher, a dict; made once. Says what it is.
 
@@ -851,7 +841,7 @@ def teacher_vectors(c, data, device, teacher):
     labels = None
     if c.teacher in glotok.TEACHER_WIDTH:
         if c.teacher == "convnet":
-            teacher["convnet"] = train_convnet(c, data, device).state_dict()
+            teacher["convnet"] = train_convnet(c, data, device).cpu().state_dict()
             teacher["classes"] = len(data.classes)
         look = feature_network(c.teacher, teacher, device)
         vectors, labels = training_features(c, data, look, device)
@@ -913,6 +903,13 @@ def feature_network(name, teacher, device):
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
 
     return look
+
+
+def local_teacher(run):
+    """The network that FQGAN's and VA-VAE's losses ask in every step; None for other methods."""
+    if run.config.semantic not in ("fqgan", "vavae"):
+        return None
+    return feature_network(run.config.teacher, run.teacher, run.device)
 
 
 def load_convnet(teacher, device):
@@ -1176,6 +1173,14 @@ def compile_networks(c, device, *networks):
 # revival, batch norm, gradient_ratio, InfoNCE) sees the micro-batch of one process.
 
 
+def from_first_process(make):
+    """make(), called in process 0 alone -> its result, in every process."""
+    result = [make() if RANK == 0 else None]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 def own_share(x):
     """This process's part of a tensor of a batch."""
     return x.chunk(WORLD_SIZE)[RANK]
@@ -1228,9 +1233,9 @@ def check_batches(c):
 class Stage:
     """Where a loop stands: its checkpoint and log, the progress line, requests to stop.
 
-    parts: {name: module or optimizer}, what the checkpoint holds; made_of: what else to keep in it.
+    parts: {name: module or optimizer}, what the checkpoint holds; made_of: a generator's tokenizer.
     A `with` block around the loop makes Ctrl-C and SIGTERM requests: the step in hand is completed
-    and saved first.
+    and saved first. BadInput if a checkpoint is there that does not fit.
     """
 
     def __init__(self, run, name, parts, steps, batch_size, made_of=None):
@@ -1239,31 +1244,50 @@ class Stage:
         self.parts = parts
         self.steps = steps
         self.batch_size = batch_size
-        self.made_of = made_of or {}
+        self.made_of = made_of
         self.path = run.out / f"{name}.pt"
         self.done = 0  # steps
-        self.images_before = 0  # that earlier processes trained on
-        self.seconds_before = 0.0  # of training, before this process
-        self.peak_before = 0  # bytes of memory, of earlier processes
-        if self.path.exists():
-            saved = fid.load_checkpoint(self.path, run.device)
-            if "disc" not in saved:  # it enters now
-                parts = {name: parts[name] for name in parts if not name.startswith("disc")}
-            fid.load_states(self.path, parts, saved)
-            self.done = saved["step"]
-            self.images_before = saved["images"]
-            self.seconds_before = saved["seconds"]
-            self.peak_before = saved["peak"]
-        self.first = self.done
-        self.all_finite = torch.ones((), dtype=torch.bool, device=run.device)
+        self.images = 0  # trained on, in
+        self.seconds = 0.0  # so many, and with
+        self.peak = 0  # so many bytes of memory
         self.stop_requested = False  # of this process
         self.stopping = False  # of all
+        self.all_finite = torch.ones((), dtype=torch.bool, device=run.device)
+        if self.path.exists():
+            self.load()
+
+    def load(self):
+        saved = fid.load_checkpoint(self.path, self.run.device)
+        entering = () if "disc" in saved else ("disc", "disc_optimizer")
+        parts = {name: part for name, part in self.parts.items() if name not in entering}
+        fid.load_states(self.path, parts, saved)
+        if self.made_of:
+            check_made_of(self.path, saved, self.made_of)
+        self.done = saved["step"]
+        self.images = saved["images"]
+        self.seconds = saved["seconds"]
+        self.peak = saved["peak"]
+        if self.done > self.steps:
+            raise BadInput(f"{self.path} has been trained for {self.done} steps already")
 
     def __enter__(self):
-        if self.run.device.type == "cuda":
+        device = self.run.device
+        generator = self.run.out / "generator.pt"
+        if self.name == "tokenizer" and generator.exists():
+            raise BadInput(f"{generator} was trained on the tokenizer as it is: move it away first")
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        if RANK == 0:
+            save_settings(self.run)
+        millions = sum(p.numel() for p in self.parts["model"].parameters()) / 1e6
+        precision = "bf16" if use_bf16(self.run.config, device) else "float32"
+        print(
+            f"{self.name}: {millions:.2f} M parameters, {precision} on {WORLD_SIZE} x "
+            f"{device.type}",
+            file=sys.stderr,
+        )
         self.progress = fid.Progress(f"{self.name} step", self.steps, self.done)
-        self.started = time.monotonic()
+        self.started = time.monotonic() - self.seconds  # as if no process had ended since
 
         def request_stop(*_):
             self.stop_requested = True
@@ -1280,6 +1304,8 @@ class Stage:
     def end_step(self, means):
         """Count the step; gather whether its means are finite, and whether to stop."""
         self.done += 1
+        self.images += self.batch_size
+        self.seconds = time.monotonic() - self.started
         self.all_finite &= torch.isfinite(sum(means.values()))
         self.stopping = self.stop_requested
         if WORLD_SIZE > 1:  # all processes stop after the same step
@@ -1302,7 +1328,7 @@ class Stage:
         values = all_reduce_mean(torch.stack(list(means.values()))).tolist()
         figures = dict(zip(means, values))
         text = " ".join(f"{k} {v:.3g}" for k, v in figures.items() if not k.endswith("grad_norm"))
-        speed = (self.done - self.first) * self.batch_size / (time.monotonic() - self.started)
+        speed = self.images / self.seconds
         self.progress.update(self.done, f"{text} {speed:.3g} images/s")
         if RANK == 0:
             row = {"stage": self.name, "step": self.done, **figures}
@@ -1313,14 +1339,10 @@ class Stage:
         self.check_finite()
         if RANK != 0:
             return
+        self.peak = max(self.peak, peak_memory(self.run.device))
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        saved |= {
-            "step": self.done,
-            "images": self.images_before + (self.done - self.first) * self.batch_size,
-            "seconds": self.seconds_before + time.monotonic() - self.started,
-            "peak": max(self.peak_before, peak_memory(self.run.device)),
-            **self.made_of,
-        }
+        saved |= {"step": self.done, "images": self.images, "seconds": self.seconds}
+        saved |= {"peak": self.peak, "tokenizer": self.made_of and weights_digest(self.made_of)}
         fid.write_atomically(self.path, lambda file: torch.save(saved, file))
 
     def leave_if_asked(self):
@@ -1351,15 +1373,6 @@ def peak_memory(device):
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def announce(stage, network, c, device):
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
-    precision = "bf16" if use_bf16(c, device) else "float32"
-    print(
-        f"{stage.name}: {millions:.2f} M parameters, {precision} on {WORLD_SIZE} x {device.type}",
-        file=sys.stderr,
-    )
-
-
 def weights_digest(model):
     """SHA-256 of a tokenizer's weights, by which a generator knows its tokenizer."""
     digest = hashlib.sha256()
@@ -1369,17 +1382,23 @@ def weights_digest(model):
     return digest.hexdigest()
 
 
-def write_run(out, preset, c, data, teacher):
+def check_made_of(path, saved, model):
+    """BadInput if saved, a generator's checkpoint, was trained on tokens of another tokenizer."""
+    if saved.get("tokenizer") != weights_digest(model):
+        raise BadInput(f"{path} was trained on the tokens of another tokenizer")
+
+
+def save_settings(run):
     """teacher.pt and, when that is there, config.json: from then on there is a run to resume."""
-    fid.write_atomically(out / "teacher.pt", lambda file: torch.save(teacher, file))
-    counts = torch.bincount(data.train_labels, minlength=len(data.classes)).tolist()
+    out, data = run.out, run.data
+    fid.write_atomically(out / "teacher.pt", lambda file: torch.save(run.teacher, file))
     trained_on = {
         "digest": data.digest,
         "classes": data.classes,
-        "counts": counts,
+        "counts": torch.bincount(data.train_labels, minlength=len(data.classes)).tolist(),
         "summary": describe(data),
     }
-    saved = {"preset": preset, **asdict(c), "trained_on": trained_on}
+    saved = {"preset": run.preset, **asdict(run.config), "trained_on": trained_on}
     text = json.dumps(saved, indent=1) + "\n"
     fid.write_atomically(out / "config.json", lambda file: file.write(text.encode()))
 
@@ -1427,59 +1446,20 @@ def load_run(folder, device="cpu"):
     return model.eval()
 
 
-def check_resumable(out, before, c):
-    """Say what changed in a run's settings -> steps of its tokenizer that are done.
-
-    BadInput if its weights do not allow the change.
-    """
+def note_changes(before, c):
+    """Say which settings of a run are others now."""
     changed = []
-    for f in fields(Config):
-        old = getattr(before, f.name)
-        new = getattr(c, f.name)
-        if old != new:
-            changed.append(f"{f.name} {old} -> {new}")
+    for name, old in asdict(before).items():
+        new = getattr(c, name)
+        if new != old:
+            changed.append(f"{name} {old} -> {new}")
     if changed:
         note(f"changed: {', '.join(changed)}")
-    generator = out / "generator.pt"
-    if not (out / "tokenizer.pt").exists():
-        if generator.exists():
-            raise BadInput(f"{generator} is there without its tokenizer.pt: move it away first")
-        return 0
-    model = GloTok(c)
-    done = check_checkpoint(out / "tokenizer.pt", model, c.tokenizer_steps)
-    note_rate("tokenizer", tokenizer_rate(before, done, before.lr), tokenizer_rate(c, done, c.lr))
-    if not generator.exists():
-        return done
-    if done < c.tokenizer_steps:
-        raise BadInput(f"{generator} was trained on the tokenizer as it is: move it away first")
-    step = check_checkpoint(generator, XAR(c), c.generator_steps, made_of=model)
-    note_rate("generator", generator_rate(before, step), generator_rate(c, step))
-    return done
 
 
-def check_checkpoint(path, network, steps, made_of=None):
-    """Load a stage's weights into the network -> steps done. BadInput if they do not fit.
-
-    made_of: of a generator, the tokenizer that it must have been trained with.
-    """
-    saved = fid.load_checkpoint(path)
-    fid.load_states(path, {"model": network}, saved)
-    if made_of:
-        check_made_of(path, saved, made_of)
-    if saved["step"] > steps:
-        raise BadInput(f"{path} has been trained for {saved['step']} steps already")
-    return saved["step"]
-
-
-def check_made_of(path, saved, model):
-    """BadInput if saved, a generator's checkpoint, was trained on tokens of another tokenizer."""
-    if saved.get("tokenizer") != weights_digest(model):
-        raise BadInput(f"{path} was trained on the tokens of another tokenizer")
-
-
-def note_rate(name, before, now):
+def note_jump(before, now):
     if abs(now - before) > 0.01 * before:
-        note(f"the learning rate of the {name} jumps from {before:.2g} to {now:.2g}")
+        note(f"the learning rate jumps from {before:.2g} to {now:.2g}")
 
 
 # ================================================================================================

@@ -325,50 +325,40 @@ Listing = namedtuple("Listing", "name root items names")
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there
+IMAGE_NAMES = ("x_train", "train_images", "arr_0")  # of arrays, the first that is there
 LABEL_NAMES = ("labels", "label", "y_train", "train_labels", "arr_1")
 
 
 def load_data(spec, size, seed=0, decode_later=False):
     """A data SPEC -> Data, every image size x size.
 
-    decode_later: files and arrays stay as they came, even if they would fit into memory, so that
+    decode_later: what is trained on stays as it came, even if it would fit into memory, so that
     stream_batches can take crops of whole pictures. BadInput if there is nothing to train on.
     """
     if spec == "shapes":
         train, train_labels = draw_shapes(20000, size, seed)
         val, val_labels = draw_shapes(1000, size, seed + 1)
         digest = hashlib.sha256(train.numpy().tobytes()).hexdigest()
+        if decode_later:
+            train = train.permute(0, 2, 3, 1).numpy()
         return Data(train, train_labels, val, val_labels, list(SHAPES), digest, "drawn anew")
     train, val, val_from = list_data(spec)
-    classes = sorted(set(train.names), key=by_number)
-    if val is None:
-        train, val = hold_out(train)
-        val_from = "a fixed random twentieth"
     digest = digest_of(train, val)
-    n = len(train.items) + len(val.items)
+    names = set(train.names + val.names)
     train = read_all(train, size, decode_later)
     val = read_all(val, size)
-    unreadable = n - len(train.items) - len(val.items)
-    if unreadable > 0.01 * n:
-        raise BadInput(f"{spec}: {unreadable} of {n} images cannot be read")
-    with_images = set(train.names)
-    lost = [name for name in sorted(set(val.names) | set(classes)) if name not in with_images]
+    classes = sorted(set(train.names), key=by_number)
+    lost = sorted(names - set(classes))
     if lost:
         note(f"left out: classes without an image to train on: {', '.join(map(repr, lost[:5]))}")
-        classes = [name for name in classes if name in with_images]
-        val = take(val, [i for i, name in enumerate(val.names) if name in with_images])
+        val = take(val, [i for i, name in enumerate(val.names) if name in classes])
     if not len(val.items):
         raise BadInput(f"{spec}: no image is held out of the classes that are trained on")
-    is_imagenette = set(classes) <= set(IMAGENETTE_CLASSES)
-    return Data(
-        train.items,
-        labels_of(train, classes),
-        val.items,
-        labels_of(val, classes),
-        [IMAGENETTE_CLASSES[name] for name in classes] if is_imagenette else classes,
-        digest,
-        val_from,
-    )
+    train_labels = labels_of(train, classes)
+    val_labels = labels_of(val, classes)
+    if set(classes) <= set(IMAGENETTE_CLASSES):
+        classes = [IMAGENETTE_CLASSES[name] for name in classes]
+    return Data(train.items, train_labels, val.items, val_labels, classes, digest, val_from)
 
 
 def describe(data):
@@ -434,10 +424,7 @@ def hold_out(listing):
 
 
 def list_data(spec):
-    """A SPEC but `shapes` -> Listings to train on and held out, and where the second is from.
-
-    The second is None if the data have no split.
-    """
+    """A SPEC but `shapes` -> Listings to train on and held out, and where the second is from."""
     if not spec:
         raise BadInput("--data is empty: want shapes, cifar10, imagenette, a folder, or an .npz")
     if spec == "cifar10":
@@ -445,32 +432,18 @@ def list_data(spec):
     path = Path(spec)
     if spec == "imagenette":
         path = unpack(fid.fetch(IMAGENETTE_ARCHIVE, "data"), "imagenette2-160")
+    split = None
     if path.is_dir():
-        return list_split(path)
-    if path.suffix == ".npz" and path.is_file():
-        return list_arrays(path), None, ""
-    raise BadInput(
-        f"no data at {spec!r}: want shapes, cifar10, imagenette, a folder of images, or an .npz"
-    )
-
-
-def list_split(path):
-    """A folder -> Listings to train on and held out, or None, and where the second is from."""
-    split = find_split(path)
+        split = find_split(path)
+        listing = None if split else list_unsplit(path)
+    elif path.suffix == ".npz" and path.is_file():
+        listing = list_arrays(path)
+    else:
+        raise BadInput(
+            f"no data at {spec!r}: want shapes, cifar10, imagenette, a folder of images, or an .npz"
+        )
     if split is None:
-        folders = folders_in(path)
-        with_split = [folder for folder in folders if find_split(folder)]
-        if len(with_split) == 1:
-            raise BadInput(f"{path} is above the data: give --data {with_split[0]}")
-        if with_split:
-            raise BadInput(f"{path}: want train/CLASS and val/CLASS, not CLASS/train and CLASS/val")
-        if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
-            path = folders[0]  # not a class of that name, since there is no other
-        listing = list_folder(path)
-        for name in sorted(set(listing.names)):
-            if name.lower() in TRAIN_NAMES + VAL_NAMES:
-                note(f"{name}/ is taken for a class: a split has both train/ and val/")
-        return listing, None, ""
+        return *hold_out(listing), "a fixed random twentieth"
     train, val = map(list_folder, split)
     if "" in val.names and "" not in train.names:
         raise BadInput(f"{split[1]} is flat, and {split[0]} has a folder a class: sort its images")
@@ -478,6 +451,23 @@ def list_split(path):
     if unused:
         note(f"{path}: not looked at beside the split: {', '.join(unused[:5])}")
     return train, val, f"{split[1].name}/"
+
+
+def list_unsplit(path):
+    """A folder without a split -> Listing. BadInput if it is above or inside out."""
+    folders = folders_in(path)
+    with_split = [folder for folder in folders if find_split(folder)]
+    if len(with_split) == 1:
+        raise BadInput(f"{path} is above the data: give --data {with_split[0]}")
+    if with_split:
+        raise BadInput(f"{path}: want train/CLASS and val/CLASS, not CLASS/train and CLASS/val")
+    if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
+        path = folders[0]  # not a class of that name, since there is no other
+    listing = list_folder(path)
+    for name in sorted(set(listing.names)):
+        if name.lower() in TRAIN_NAMES + VAL_NAMES:
+            note(f"{name}/ is taken for a class: a split has both train/ and val/")
+    return listing
 
 
 def folders_in(path):
@@ -526,28 +516,22 @@ def list_arrays(path):
     """An .npz of images and maybe labels -> Listing. Other arrays are named as ignored."""
     arrays = fid.read_arrays(path)
     with_images = [name for name, array in arrays.items() if array.ndim == 4]
-    for preferred in ("x_train", "train_images", "arr_0"):
-        if preferred in with_images:
-            with_images = [preferred]
+    with_images = [name for name in IMAGE_NAMES if name in with_images] or with_images
+    with_labels = [name for name in LABEL_NAMES if name in arrays and name not in with_images]
     images = arrays[with_images[0]] if with_images else np.zeros(0)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         listed = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()) or "nothing"
         raise BadInput(f"{path} must hold images uint8 (N, H, W, 3), and holds {listed[:500]}")
-    labels = np.zeros(len(images), np.int64)
-    label_names = [name for name in LABEL_NAMES if name in arrays and name not in with_images]
-    if label_names:
-        labels = arrays[label_names[0]]
-        labels = labels[:, 0] if labels.shape == (len(images), 1) else labels  # as Keras has them
-    ignored = [name for name in arrays if name not in with_images[:1] + label_names[:1]]
+    n = len(images)
+    labels = arrays[with_labels[0]] if with_labels else np.zeros(n, np.int64)
+    labels = labels[:, 0] if labels.shape == (n, 1) else labels  # as Keras has them
+    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+        raise BadInput(f"{path}: labels must be {n} integers, not {labels.dtype} {labels.shape}")
+    if labels.min() < 0 or labels.max() > 1000 + 100 * n:
+        raise BadInput(f"{path}: labels {labels.min()} to {labels.max()} are no class numbers")
+    ignored = [name for name in arrays if name not in with_images[:1] + with_labels[:1]]
     if ignored:
         note(f"{path}: ignored: {', '.join(ignored)}")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise BadInput(
-            f"{path}: labels must be {len(images)} integers from 0 up, and are {labels.dtype} "
-            f"{labels.shape}"
-        )
-    if labels.max(initial=0) > 1000 + 100 * len(images):
-        raise BadInput(f"{path}: labels up to {labels.max()} are no numbers of classes")
     return Listing(path, None, images, [str(label) for label in labels.tolist()])
 
 
@@ -692,44 +676,45 @@ def read_all(listing, size, decode_later=False):
 def stream_batches(items, batches, device, size, crops=None, unreadable=None):
     """Yield items[index], uint8 (B, 3, size, size) on the device, for each index (B,) of batches.
 
-    What is not in memory is decoded by threads, two batches ahead. Grey stands in for what cannot
-    be read, with a note; its position is added to the set `unreadable`. crops: for each batch the
-    squares (B, 3) of load_image; without, they are the middle.
+    What is not in memory is decoded by threads, two batches ahead; crops: for each batch the
+    squares (B, 3) of load_image, without the middle. Grey stands in for what cannot be read, with a
+    note; its position is added to the set `unreadable`. BadInput if that is more than 1 %.
     """
+    if torch.is_tensor(items):
+        for index in batches:
+            yield items[index.to(items.device)].to(device, non_blocking=True)
+        return
+    unreadable = set() if unreadable is None else unreadable
     crops = itertools.repeat(None) if crops is None else crops
-    in_memory = torch.is_tensor(items)
+
+    def collect(index, futures):
+        images = torch.full((len(index), 3, size, size), 128, dtype=torch.uint8)
+        for k, future in enumerate(futures):
+            try:
+                images[k] = future.result()
+            except BadInput as error:
+                note_once(f"{error}: left out, or grey")
+                unreadable.add(index[k].item())
+        if len(unreadable) > max(1, 0.01 * len(items)):
+            raise BadInput(f"{len(unreadable)} of {len(items)} images cannot be read")
+        if device.type == "cuda":
+            images = images.pin_memory()
+        return images.to(device, non_blocking=True)
+
     pool = ThreadPoolExecutor(WORKERS)
     ahead = collections.deque()  # (index, a future for each of its images)
     try:
         for index, crop in zip(batches, crops):
-            if in_memory and crop is None:
-                yield items[index.to(items.device)].to(device, non_blocking=True)
-                continue
             squares = [None] * len(index) if crop is None else crop.tolist()
             chosen = [items[i] for i in index.tolist()]
-            if in_memory:
-                chosen = [image.permute(1, 2, 0).cpu().numpy() for image in chosen]
             requests = zip(chosen, itertools.repeat(size), squares)
             ahead.append((index, [pool.submit(fid.load_image, *each) for each in requests]))
             if len(ahead) > 2:
-                yield collect(*ahead.popleft(), size, unreadable).to(device, non_blocking=True)
+                yield collect(*ahead.popleft())
         while ahead:
-            yield collect(*ahead.popleft(), size, unreadable).to(device, non_blocking=True)
+            yield collect(*ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def collect(index, futures, size, unreadable):
-    """Futures of the images at index -> uint8 (B, 3, size, size), pinned for a GPU."""
-    images = torch.full((len(index), 3, size, size), 128, dtype=torch.uint8)
-    for k, future in enumerate(futures):
-        try:
-            images[k] = future.result()
-        except BadInput as error:
-            note_once(f"{error}: left out, or grey")
-            if unreadable is not None:
-                unreadable.add(index[k].item())
-    return images.pin_memory() if torch.cuda.is_available() else images
 
 
 note_once = functools.lru_cache(None)(note)
@@ -1069,22 +1054,12 @@ def random_crops(c, step):
 
 
 def training_batches(run, steps):
-    """Yield this process's share of the images of each of the steps, uint8 (B, 3, H, W).
-
-    BadInput if more than 1 % of the images that are read only now cannot be read.
-    """
+    """Yield this process's share of the images of each of the steps, uint8 (B, 3, H, W)."""
     c = run.config
-    n = len(run.data.train)
-    indices = (own_share(batch_indices(n, c.batch_size, step, c.seed)) for step in steps)
-    crops = None
-    if c.crop < 1:
-        crops = (own_share(random_crops(c, step)) for step in steps)
-    unreadable = set()
     items = run.data.train
-    for images in stream_batches(items, indices, run.device, c.image_size, crops, unreadable):
-        if len(unreadable) > 0.01 * n:
-            raise BadInput(f"{len(unreadable)} of {n} training images cannot be read")
-        yield images
+    indices = (own_share(batch_indices(len(items), c.batch_size, s, c.seed)) for s in steps)
+    crops = (own_share(random_crops(c, s)) for s in steps) if c.crop < 1 else None
+    return stream_batches(items, indices, run.device, c.image_size, crops)
 
 
 def mirrored(x, c):

@@ -2912,11 +2912,11 @@ def test_cifar_records_are_read_in_place(tmp_path):
             add_to_archive(archive, f"cifar-10-batches-bin/{name}.bin", 2 * record)
         add_to_archive(archive, "../../escaped.txt", b"bad")
     of_train, of_val = train.list_cifar10(path)
-    assert of_train.names == [name for name in train.CIFAR10_CLASSES[:5] for _ in range(2)]
-    assert of_val.names == ["dog", "dog"]
-    assert (of_train.items[2, :, :, 0] == 10).all()
-    assert (of_train.items[2, :, :, 1] == 20).all()
-    assert of_val.items[0, :, :, 2].flatten().tolist() == list(range(256)) * 4
+    names = [item.name for item in of_train + of_val]
+    assert names == [name for name in train.CIFAR10_CLASSES[:6] for _ in range(2)]
+    assert (of_train[2].image[:, :, 0] == 10).all()
+    assert (of_train[2].image[:, :, 1] == 20).all()
+    assert of_val[0].image[:, :, 2].flatten().tolist() == list(range(256)) * 4
     assert list(tmp_path.iterdir()) == [path]  # nothing unpacked
 
 
@@ -2926,9 +2926,9 @@ def test_arrays_to_train_on_are_chosen_by_name_and_labels_may_be_a_column(tmp_pa
     labels = (np.arange(12) % 3).reshape(shape)
     path = tmp_path / "data.npz"
     np.savez(path, test_images=images[:5] + 9, train_images=images, train_labels=labels)
-    listing = train.list_arrays(path)
-    assert listing.items.shape == images.shape
-    assert listing.names == list("012012012012")
+    items = train.list_arrays(path)
+    assert np.array_equal(np.stack([item.image for item in items]), images)
+    assert [item.name for item in items] == list("012012012012")
     np.savez(path, images[:, :0])
     with pytest.raises(BadInput, match="must hold images"):
         train.list_arrays(path)

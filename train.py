@@ -315,13 +315,15 @@ def train(args, given, device):
 # data/), a folder (a sub-folder a class, or flat; train/ and val/ or test/ are splits), or an .npz
 # (images uint8 (N, H, W, 3), maybe labels).
 
-# Images are a tensor uint8 (N, 3, size, size) or, if that would exceed memory_budget, items: files
-# or arrays (H, W, 3) of any size. Labels are int64 (N,), classes their names. digest: of what was
-# listed; val_from: where the held-out images come from, in words.
+# Images are a tensor uint8 (N, 3, size, size) or, if that would exceed MEMORY_BUDGET, a sequence of
+# files or arrays (H, W, 3) of any size. Labels are int64 (N,), classes their names. digest: of what
+# was listed; val_from: where the held-out images come from, in words.
 Data = namedtuple("Data", "train train_labels val val_labels classes digest val_from")
 
-# Images as they are listed. root: the folder, or None; names: of each item the name of its class
-Listing = namedtuple("Listing", "name root items names")
+# An image as it is listed: a file or an array (H, W, 3), its class's name, its place in the data
+Item = namedtuple("Item", "image name place")
+
+MEMORY_BUDGET = 2**31  # bytes; what takes more is decoded while training runs
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there
@@ -344,21 +346,18 @@ def load_data(spec, size, seed=0, decode_later=False):
         return Data(train, train_labels, val, val_labels, list(SHAPES), digest, "drawn anew")
     train, val, val_from = list_data(spec)
     digest = digest_of(train, val)
-    names = set(train.names + val.names)
-    train = read_all(train, size, decode_later)
-    val = read_all(val, size)
-    classes = sorted(set(train.names), key=by_number)
-    lost = sorted(names - set(classes))
+    classes = sorted({item.name for item in train}, key=by_number)
+    lost = sorted({item.name for item in val} - set(classes))
     if lost:
         note(f"left out: classes without an image to train on: {', '.join(map(repr, lost[:5]))}")
-        val = take(val, [i for i, name in enumerate(val.names) if name in classes])
-    if not len(val.items):
+        val = [item for item in val if item.name in classes]
+    train, train_labels = read_all(train, classes, size, decode_later)
+    val, val_labels = read_all(val, classes, size)
+    if not len(val):
         raise BadInput(f"{spec}: no image is held out of the classes that are trained on")
-    train_labels = labels_of(train, classes)
-    val_labels = labels_of(val, classes)
     if set(classes) <= set(IMAGENETTE_CLASSES):
         classes = [IMAGENETTE_CLASSES[name] for name in classes]
-    return Data(train.items, train_labels, val.items, val_labels, classes, digest, val_from)
+    return Data(train, train_labels, val, val_labels, classes, digest, val_from)
 
 
 def describe(data):
@@ -395,36 +394,24 @@ def by_number(name):
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def labels_of(listing, classes):
-    number = {name: k for k, name in enumerate(classes)}
-    return torch.tensor([number[name] for name in listing.names], dtype=torch.int64)
-
-
-def take(listing, index):
-    """The part of a Listing at the positions index, a list."""
-    items = listing.items
-    chosen = [items[i] for i in index] if isinstance(items, list) else items[index]
-    return listing._replace(items=chosen, names=[listing.names[i] for i in index])
-
-
-def hold_out(listing):
-    """Listing -> two Listings, the second a fixed random twentieth of it, at least one image.
+def hold_out(items):
+    """Items -> those to train on, and a fixed random twentieth, at least one, to hold out.
 
     A class whose images would all be held out is trained on instead.
     """
-    n = len(listing.items)
+    n = len(items)
     if n < 2:
-        raise BadInput(f"{listing.name}: {n} image(s) are too few: one to train on, one held out")
+        raise BadInput(f"{n} image(s) are too few: one to train on, one held out")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     held_out = set(order[: max(1, n // 20)].tolist())
-    trained_on = {name for i, name in enumerate(listing.names) if i not in held_out}
-    held_out = {i for i in held_out if listing.names[i] in trained_on}
-    train = [i for i in range(n) if i not in held_out]
-    return take(listing, train), take(listing, sorted(held_out))
+    classes = {item.name for i, item in enumerate(items) if i not in held_out}
+    held_out = {i for i in held_out if items[i].name in classes}
+    train = [item for i, item in enumerate(items) if i not in held_out]
+    return train, [items[i] for i in sorted(held_out)]
 
 
 def list_data(spec):
-    """A SPEC but `shapes` -> Listings to train on and held out, and where the second is from."""
+    """A SPEC but `shapes` -> Items to train on and held out, and where the second are from."""
     if not spec:
         raise BadInput("--data is empty: want shapes, cifar10, imagenette, a folder, or an .npz")
     if spec == "cifar10":
@@ -432,29 +419,33 @@ def list_data(spec):
     path = Path(spec)
     if spec == "imagenette":
         path = unpack(fid.fetch(IMAGENETTE_ARCHIVE, "data"), "imagenette2-160")
-    split = None
+    split = find_split(path) if path.is_dir() else None
+    if split:
+        return list_split(path, *split)
     if path.is_dir():
-        split = find_split(path)
-        listing = None if split else list_unsplit(path)
+        items = list_unsplit(path)
     elif path.suffix == ".npz" and path.is_file():
-        listing = list_arrays(path)
+        items = list_arrays(path)
     else:
         raise BadInput(
             f"no data at {spec!r}: want shapes, cifar10, imagenette, a folder of images, or an .npz"
         )
-    if split is None:
-        return *hold_out(listing), "a fixed random twentieth"
-    train, val = map(list_folder, split)
-    if "" in val.names and "" not in train.names:
-        raise BadInput(f"{split[1]} is flat, and {split[0]} has a folder a class: sort its images")
-    unused = [folder.name for folder in folders_in(path) if folder not in split]
+    return *hold_out(items), "a fixed random twentieth"
+
+
+def list_split(path, train_folder, val_folder):
+    train = list_folder(train_folder)
+    val = list_folder(val_folder)
+    if val[0].name == "" != train[0].name:
+        raise BadInput(f"{val_folder} is flat, and {train_folder} has a folder a class: sort it")
+    unused = [p.name for p in folders_in(path) if p not in (train_folder, val_folder)]
     if unused:
         note(f"{path}: not looked at beside the split: {', '.join(unused[:5])}")
-    return train, val, f"{split[1].name}/"
+    return train, val, f"{val_folder.name}/"
 
 
 def list_unsplit(path):
-    """A folder without a split -> Listing. BadInput if it is above or inside out."""
+    """A folder without a split -> Items. BadInput if it is above the data, or inside out."""
     folders = folders_in(path)
     with_split = [folder for folder in folders if find_split(folder)]
     if len(with_split) == 1:
@@ -463,11 +454,11 @@ def list_unsplit(path):
         raise BadInput(f"{path}: want train/CLASS and val/CLASS, not CLASS/train and CLASS/val")
     if len(folders) == 1 and folders[0].name.lower() in TRAIN_NAMES:
         path = folders[0]  # not a class of that name, since there is no other
-    listing = list_folder(path)
-    for name in sorted(set(listing.names)):
+    items = list_folder(path)
+    for name in sorted({item.name for item in items}):
         if name.lower() in TRAIN_NAMES + VAL_NAMES:
             note(f"{name}/ is taken for a class: a split has both train/ and val/")
-    return listing
+    return items
 
 
 def folders_in(path):
@@ -483,37 +474,37 @@ def find_split(path):
 
 
 def list_folder(path):
-    """The images below a folder, sorted, with their first-level folder as class -> Listing.
+    """The images below a folder, sorted, with their first-level folder as class -> Items.
 
     Links are followed, once. What is passed over is counted and named.
     """
-    images = []
+    items = []
     passed_over = []
     for file in fid.files_below(path, set()):
+        place = file.relative_to(path)
         if file.name.lower().endswith(fid.IMAGE_SUFFIXES):
-            images.append(file)
+            items.append(Item(file, place.parts[0] if len(place.parts) > 1 else "", str(place)))
         else:
-            passed_over.append(file)
-    names = [file.relative_to(path).parts[0] if file.parent != path else "" for file in images]
-    if "" in names and len(set(names)) > 1:  # beside class folders
-        if 2 * names.count("") > len(names):
+            passed_over.append(str(place))
+    loose = [item for item in items if not item.name]
+    if 0 < len(loose) < len(items):  # beside class folders
+        if 2 * len(loose) > len(items):
             raise BadInput(f"{path}: more images beside its folders than in them: sort them")
-        passed_over += [file for file, name in zip(images, names) if not name]
-        images = [file for file, name in zip(images, names) if name]
-        names = [name for name in names if name]
+        passed_over += [item.place for item in loose]
+        items = [item for item in items if item.name]
     if passed_over:
-        some = ", ".join(str(file.relative_to(path)) for file in passed_over[:3])
+        some = ", ".join(passed_over[:3])
         note(f"{path}: {len(passed_over)} file(s) passed over, no images of a class: {some}")
-    empty = [folder.name for folder in folders_in(path) if folder.name not in names]
-    if empty and images:
-        note(f"{path}: folders without an image: {', '.join(empty[:5])}")
-    if not images:
+    if not items:
         raise BadInput(f"no images ({', '.join(fid.IMAGE_SUFFIXES)}) in {path}")
-    return Listing(path, path, images, names)
+    empty = {folder.name for folder in folders_in(path)} - {item.name for item in items}
+    if empty:
+        note(f"{path}: folders without an image: {', '.join(sorted(empty)[:5])}")
+    return items
 
 
 def list_arrays(path):
-    """An .npz of images and maybe labels -> Listing. Other arrays are named as ignored."""
+    """An .npz of images and maybe labels -> Items. Other arrays are named as ignored."""
     arrays = fid.read_arrays(path)
     with_images = [name for name, array in arrays.items() if array.ndim == 4]
     with_images = [name for name in IMAGE_NAMES if name in with_images] or with_images
@@ -532,29 +523,26 @@ def list_arrays(path):
     ignored = [name for name in arrays if name not in with_images[:1] + with_labels[:1]]
     if ignored:
         note(f"{path}: ignored: {', '.join(ignored)}")
-    return Listing(path, None, images, [str(label) for label in labels.tolist()])
+    return [Item(image, str(label), i) for i, (image, label) in enumerate(zip(images, labels))]
 
 
 def digest_of(train, val):
-    """SHA-256 of two Listings: of files their relative path, size, first 64 KB and class."""
+    """SHA-256 of Items: of files size and first 64 KB, of arrays all; classes and places."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(WORKERS) as pool:
-        for listing in (train, val):
-            items = listing.items
-            heads = [items.tobytes()] if isinstance(items, np.ndarray) else pool.map(head, items)
-            for content in heads:
+        for items in (train, val):
+            for content in pool.map(head, [item.image for item in items]):
                 digest.update(content)
-            if listing.root:
-                places = [str(item.relative_to(listing.root)) for item in items]
-                digest.update(repr(places).encode())
-            digest.update(repr(listing.names).encode())
+            digest.update(repr([(item.name, item.place) for item in items]).encode())
     return digest.hexdigest()
 
 
-def head(path):
+def head(image):
+    if isinstance(image, np.ndarray):
+        return image.tobytes()
     try:
-        with open(path, "rb") as file:
-            return path.stat().st_size.to_bytes(8, "big") + file.read(65536)
+        with open(image, "rb") as file:
+            return image.stat().st_size.to_bytes(8, "big") + file.read(65536)
     except OSError:  # read_all will meet it again
         return b""
 
@@ -590,7 +578,7 @@ IMAGENETTE_CLASSES = {
 
 
 def list_cifar10(path):
-    """CIFAR-10's binary archive, read without unpacking -> Listings of its training and test set.
+    """CIFAR-10's binary archive, read without unpacking -> Items of its training and test set.
 
     Each of its files holds records of a label byte and 3 x 32 x 32 colour bytes.
     """
@@ -601,12 +589,12 @@ def list_cifar10(path):
                 raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
                 records[Path(member.name).name] = raw.reshape(-1, 3073)
     train = np.concatenate([records[f"data_batch_{i}.bin"] for i in range(1, 6)])
-    listings = []
+    parts = []
     for part in (train, records["test_batch.bin"]):
         images = part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         names = [CIFAR10_CLASSES[label] for label in part[:, 0]]
-        listings.append(Listing("CIFAR-10", None, images, names))
-    return listings
+        parts.append([Item(*each) for each in zip(images, names, range(len(part)))])
+    return parts
 
 
 def unpack(archive, name):
@@ -641,36 +629,24 @@ def unpack(archive, name):
 WORKERS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD_SIZE)
 
 
-def memory_budget():
-    """Bytes that a data set may take in memory.
-
-    A quarter of the machine's, shared by the processes on it, and no more than a quarter of a
-    GPU's free memory.
-    """
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // LOCAL_WORLD_SIZE
-    if not torch.cuda.is_available():
-        return host
-    return min(host, torch.cuda.mem_get_info()[0] // 4)
-
-
-def read_all(listing, size, decode_later=False):
-    """Listing -> Listing whose items are images uint8 (N, 3, size, size); as it was if too large.
-
-    Unreadable ones are left out.
-    """
-    n = len(listing.items)
-    if decode_later or n * 3 * size * size > memory_budget():
-        return listing
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+def read_all(items, classes, size, decode_later=False):
+    """Items -> their images and labels, as in Data. Unreadable ones are left out."""
+    n = len(items)
+    number = {name: k for k, name in enumerate(classes)}
+    labels = torch.tensor([number[item.name] for item in items], dtype=torch.int64)
+    images = [item.image for item in items]
+    if decode_later or n * 3 * size * size > MEMORY_BUDGET:
+        return images, labels
+    decoded = torch.empty(n, 3, size, size, dtype=torch.uint8)
     unreadable = set()
-    progress = fid.Progress(f"reading {listing.name}", n)
+    progress = fid.Progress("reading image", n)
     batches = torch.arange(n).split(256) if n else []
-    stream = stream_batches(listing.items, batches, torch.device("cpu"), size, None, unreadable)
+    stream = stream_batches(images, batches, torch.device("cpu"), size, None, unreadable)
     for index, batch in zip(batches, stream):
-        images[index] = batch
+        decoded[index] = batch
         progress.update(index[-1].item() + 1)
     readable = [i for i in range(n) if i not in unreadable]
-    return take(listing._replace(items=images), readable)
+    return decoded[readable], labels[readable]
 
 
 def stream_batches(items, batches, device, size, crops=None, unreadable=None):

@@ -1662,7 +1662,7 @@ class Config:
     flip: int = setting(1, "1: mirror half of the training images", 0, 1)
     crop: float = setting(1.0, "smallest random crop (tokenizer), share of the short side", 0.1, 1)
     accumulate: int = setting(1, "micro-batches of a process's batch, to save memory", 1)
-    compile: int = setting(0, "1: torch.compile the networks, if a compiler is there", 0, 1)
+    compile: str = setting("auto", "on: CUDA graphs, and xAR compiled; off; auto: as yet off")
     precision: str = setting("auto", "float32, bf16 (autocast), or auto: bf16 where it is faster")
     eval_images: int = setting(1000, "held-out images that the final figures are taken on", 1)
     save_every: int = setting(200, "steps between checkpoints", 1)
@@ -1687,6 +1687,7 @@ class Config:
         for wrong, message in (
             (self.semantic not in ("global", "fqgan", "vavae", "none"), "semantic: no such method"),
             (self.precision not in ("auto", "bf16", "float32"), "precision: auto, bf16 or float32"),
+            (self.compile not in ("auto", "on", "off"), "compile: auto, on or off"),
             (
                 size % self.downsampling,
                 f"image_size: no multiple of {self.downsampling}, a token's",

@@ -74,8 +74,8 @@ def train_tokenizer(run, lpips_file):
     torch.manual_seed(c.seed)
     model = GloTok(c).to(device, memory_format=torch.channels_last).train()
     disc = glotok.discriminator(c).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), c.lr, (0.9, 0.95), fused=True)
-    disc_optimizer = torch.optim.Adam(disc.parameters(), c.disc_lr, (0.9, 0.95), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), **fused(c, device))
+    disc_optimizer = torch.optim.Adam(disc.parameters(), betas=(0.9, 0.95), **fused(c, device))
     parts = {"model": model, "optimizer": optimizer}
     if c.lambda_adv:
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
@@ -87,14 +87,13 @@ def train_tokenizer(run, lpips_file):
     lpips = load_lpips(lpips_file, device) if c.lambda_perceptual else None
     # A single semantic code has no similarities. The tokenizer then has one codebook, the visual.
     use_hist = c.semantic == "global" and c.lambda_hist > 0 and c.codes_sem > 1
-    compile_networks(c, device, model.encoder, model.decoder, disc)
     old = run.before
     note_jump(tokenizer_rate(old, stage.done, old.lr), tokenizer_rate(c, stage.done, c.lr))
 
     def losses_of(images, ramp):
         """Images uint8 (B, 3, H, W) -> every loss, a dict of scalars, and L, with gradient.
 
-        ramp: the share of its weight that L_G has by now; 0 before the discriminator enters.
+        ramp: the share of its weight that L_G has by now; None before the discriminator enters.
         """
         x = mirrored(to_float(images, device), c)
         with autocast(c, device):
@@ -103,10 +102,11 @@ def train_tokenizer(run, lpips_file):
                 losses["hist"] = glotok.histogram_relation_loss(model.codebook_sem, teacher)  # (7)
             if lpips:
                 losses["perceptual"] = lpips(recon, x).mean()
-            if ramp:
+            if ramp is not None:
                 losses["adv"] = glotok.adversarial_loss(disc, recon)
                 losses["disc"] = glotok.discriminator_loss(disc, recon, x)
-            loss = glotok.total_loss(c, model, x, recon, losses, ramp)  # (2), (3), (13)
+            share = 1.0 if ramp is None else ramp
+            loss = glotok.total_loss(c, model, x, recon, losses, share)  # (2), (3), (13)
         losses["psnr"] = fid.psnr(to_uint8(x), to_uint8(recon)).mean()
         return losses, loss
 
@@ -118,14 +118,15 @@ def train_tokenizer(run, lpips_file):
         for part in images.chunk(c.accumulate):
             losses, loss = losses_of(part, ramp)
             (loss / c.accumulate).backward()
-            if ramp:
+            if ramp is not None:
                 (losses["disc"] / c.accumulate).backward()
             add_to(means, losses, 1 / c.accumulate)
         means["grad_norm"] = descend(model, optimizer, c.clip)
-        if ramp:
+        if ramp is not None:
             means["disc_grad_norm"] = descend(disc, disc_optimizer, c.clip)
         return means
 
+    step = recorded(step, c, device)
     with stage:
         for images in training_batches(run, range(stage.done, stage.steps)):
             torch.manual_seed(step_seed(c, stage.done))
@@ -162,7 +163,7 @@ def train_generator(run, model):
     torch.manual_seed(c.seed)
     xar = XAR(c).to(device).train()
     ema_model = copy.deepcopy(xar).requires_grad_(False)  # the moving average, which samples
-    optimizer = torch.optim.AdamW(decay_groups(xar), c.gen_lr, (0.9, 0.96), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(xar), betas=(0.9, 0.96), **fused(c, device))
     parts = {"model": xar, "ema_model": ema_model, "optimizer": optimizer}
     stage = Stage(run, "generator", parts, c.generator_steps, c.gen_batch, made_of=model)
     if stage.done == stage.steps:
@@ -177,7 +178,9 @@ def train_generator(run, model):
         latent_std = model.to_latents(*some.unbind(1)).std()
         xar.latent_std.copy_(latent_std)
         ema_model.latent_std.copy_(latent_std)
-    compile_networks(c, device, *xar.blocks)
+    # At 64 tokens cuDNN's attention (9.19) gave gradients that are not finite; at 256 it did not.
+    torch.backends.cuda.enable_cudnn_sdp(c.grid_size**2 != 64)
+    flow_loss = compiled(xar.loss, c, device, stage.steps - stage.done)
     note_jump(generator_rate(run.before, stage.done), generator_rate(c, stage.done))
 
     def step(index, decay):
@@ -187,22 +190,23 @@ def train_generator(run, model):
         for i in index.chunk(c.accumulate):
             latents = model.to_latents(*tokens[i].long().unbind(1))
             with autocast(c, device):
-                loss = xar.loss(latents, labels[i])
+                loss = flow_loss(latents, labels[i])
             (loss / c.accumulate).backward()
             add_to(means, {"flow": loss}, 1 / c.accumulate)
         means["grad_norm"] = descend(xar, optimizer, c.clip)
-        for average, weight in zip(ema_model.parameters(), xar.parameters()):
-            average.lerp_(weight.detach(), 1 - decay)
+        update_average(ema_model, xar, decay)
         return means
 
+    step = recorded(step, c, device)
     with stage:
         while stage.done < stage.steps:
             torch.manual_seed(step_seed(c, stage.done))
             set_rate(optimizer, generator_rate(c, stage.done))
             index = own_share(batch_indices(len(tokens), c.gen_batch, stage.done, c.seed))
+            index = to_device(index, device)
             # a decay that starts low: a young average forgets the initial weights sooner
             decay = min(c.ema, (1 + stage.done) / (10 + stage.done))
-            means = step(index.to(device), decay)
+            means = step(index, decay)
 
             stage.end_step(means)
             if stage.due(LOG_EVERY):
@@ -658,7 +662,7 @@ def stream_batches(items, batches, device, size, crops=None, unreadable=None):
     """
     if torch.is_tensor(items):
         for index in batches:
-            yield items[index.to(items.device)].to(device, non_blocking=True)
+            yield items[to_device(index, items.device)].to(device, non_blocking=True)
         return
     unreadable = set() if unreadable is None else unreadable
     crops = itertools.repeat(None) if crops is None else crops
@@ -673,9 +677,7 @@ def stream_batches(items, batches, device, size, crops=None, unreadable=None):
                 unreadable.add(index[k].item())
         if len(unreadable) > max(1, 0.01 * len(items)):
             raise BadInput(f"{len(unreadable)} of {len(items)} images cannot be read")
-        if device.type == "cuda":
-            images = images.pin_memory()
-        return images.to(device, non_blocking=True)
+        return to_device(images, device)
 
     pool = ThreadPoolExecutor(WORKERS)
     ahead = collections.deque()  # (index, a future for each of its images)
@@ -986,14 +988,14 @@ def generator_rate(c, step):
 
 def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(rate)
 
 
 def adversarial_ramp(c, step):
-    """The share of lambda_adv that counts at a step; 0 before the discriminator enters."""
-    if not c.lambda_adv:
-        return 0.0
-    return min(1.0, max(0, step + 1 - c.adv_start) / ADV_RAMP)
+    """The share of lambda_adv that counts at a step; None before the discriminator enters."""
+    if not c.lambda_adv or step < c.adv_start:
+        return None
+    return min(1.0, (step + 1 - c.adv_start) / ADV_RAMP)
 
 
 @functools.lru_cache(2)
@@ -1044,6 +1046,13 @@ def mirrored(x, c):
     return torch.where(mirror, x.flip(3), x)
 
 
+def to_device(x, device):
+    """A tensor on the CPU -> on the device. From pinned memory the host need not wait for it."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def to_float(images, device):
     """uint8 (B, 3, H, W) -> float in [-1, 1] on the device."""
     images = images.to(device, non_blocking=True)
@@ -1089,6 +1098,18 @@ def decay_groups(network, decay=0.02):
     ]
 
 
+@torch.no_grad()
+def update_average(ema_model, model, decay):
+    """ema_model's weights = decay * themselves + (1 - decay) * model's; decay: float or scalar.
+
+    Three launches for all tensors together, where a loop makes one or more for each.
+    """
+    averages = list(ema_model.parameters())
+    change = torch._foreach_sub(list(model.parameters()), averages)
+    torch._foreach_mul_(change, 1 - decay)
+    torch._foreach_add_(averages, change)
+
+
 def autocast(c, device):
     """bf16 where use_bf16 says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(c, device))
@@ -1101,22 +1122,93 @@ def use_bf16(c, device):
     return device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
 
 
-def compile_networks(c, device, *networks):
-    """torch.compile them in place, if it is asked for and works here."""
-    if not c.compile:
-        return
+# A CUDA graph. On one H200 a step of preset shapes is 1,600 kernels that take 4 ms together, and
+# Python takes 33 ms to launch them one by one. A graph is a list of launches, recorded once, which
+# the GPU then works off by itself. It holds addresses, not values: what changes from step to step
+# (images, rates, shares) must stand in a tensor that keeps its place, and nothing may make the host
+# wait. torch.manual_seed acts on a replay as on a call.
+
+
+def use_graph(c, device):
+    """Whether to record steps. One process alone: gradients of several meet outside a step."""
+    return c.compile == "on" and device.type == "cuda" and WORLD_SIZE == 1
+
+
+def fused(c, device):
+    """Options of an Adam that can stand in a graph: the rate is a tensor, which set_rate fills."""
+    return {"lr": torch.zeros((), device=device), "fused": True, "capturable": use_graph(c, device)}
+
+
+def recorded(step, c, device):
+    """step -> a function that does the same, recorded and replayed if use_graph says so.
+
+    step takes tensors, numbers and None, and gives {name: scalar}. For each choice of arguments
+    that are None the first three calls are plain, since libraries choose their kernels then.
+    """
+    if not use_graph(c, device):
+        return step
+    calls = collections.Counter()
+    recordings = {}
+
+    def replayed(*arguments):
+        kind = tuple(argument is None for argument in arguments)
+        calls[kind] += 1
+        if calls[kind] <= 3:
+            return on_side_stream(step, arguments)
+        if kind not in recordings:
+            try:
+                recordings[kind] = record(step, arguments, device)
+            except RuntimeError as error:
+                note(f"no CUDA graph ({fid.one_line(error)[:100]}): steps are launched one by one")
+                recordings[kind] = None
+        if recordings[kind] is None:
+            return step(*arguments)
+        places, results, launch = recordings[kind]
+        for place, argument in zip(places, arguments):
+            if torch.is_tensor(argument):
+                place.copy_(argument, non_blocking=True)
+            elif argument is not None:
+                place.fill_(argument)
+        launch()
+        return dict(results)
+
+    return replayed
+
+
+def on_side_stream(step, arguments):
+    """step(*arguments) as CUDA's rules for what comes before a recording want it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = step(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    return results
+
+
+def record(step, arguments, device):
+    """step -> the places of its arguments and of its results, and a function that launches it."""
+    places = []
+    for a in arguments:
+        places.append(None if a is None else torch.as_tensor(a, device=device).clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*places)
+    return places, results, graph.replay
+
+
+def compiled(function, c, device, steps):
+    """torch.compile(function) if it is asked for, pays and works here.
+
+    On one H200 it took 20 to 50 s, and a step of xAR then 0.5 to 0.6 of its time.
+    """
+    if c.compile != "on" or steps < 1000:
+        return function
     try:
         torch.compile(torch.sin)(torch.ones(9, device=device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        note(f"--compile 1 finds no working compiler ({reason}): not compiled")
-        return
-    # gradient_ratio goes backward through one graph several times. A compiled one, from torch 2.6
-    # on, refuses unless it keeps its buffers: the setting is the one that its message names.
-    if hasattr(torch._functorch.config, "donated_buffer"):
-        torch._functorch.config.donated_buffer = False
-    for network in networks:
-        network.compile(dynamic=False)
+        note(f"no working compiler ({fid.one_line(error)[:100]}): not compiled")
+        return function
+    return torch.compile(function, dynamic=False)
 
 
 # Several processes (torchrun). Every process takes an equal share of every batch; its random
@@ -1212,6 +1304,10 @@ class Stage:
         entering = () if "disc" in saved else ("disc", "disc_optimizer")
         parts = {name: part for name, part in self.parts.items() if name not in entering}
         fid.load_states(self.path, parts, saved)
+        for name, part in parts.items():
+            if name.endswith("optimizer"):  # an option of the device, not of the run
+                for group in part.param_groups:
+                    group["capturable"] = use_graph(self.run.config, self.run.device)
         if self.made_of:
             check_made_of(self.path, saved, self.made_of)
         self.done = saved["step"]

@@ -3651,7 +3651,9 @@ def test_images_may_move_but_not_change(run_command, tmp_path, monkeypatch):
     assert "not those of the run" not in result.err
     save_pictures(Path("elsewhere/a"), 1, seed=99)  # another picture of the same name
     before = read_files(Path("run"))
-    assert_refused(run_command(train, *resume, "--tokenizer_steps", 4), "train.py")
+    result = run_command(train, *resume, "--tokenizer_steps", 4)
+    assert_refused(result, "train.py")
+    assert "as many of each class, but not the same" in result.err
     assert read_files(Path("run")) == before
     result = run_command(sample, *words)
     assert result.status == 0

@@ -293,9 +293,8 @@ def train(args, given, device):
     print(*describe(data), sep="\n", file=sys.stderr)
     if args.resume:
         if data.digest != trained_on["digest"]:
-            then = f"{sum(trained_on['counts'])} of {len(trained_on['classes'])} classes"
-            now = f"{len(data.train)} of {c.classes}"
-            raise BadInput(f"{out} was trained on other images: {then} then, {now} now")
+            different = "; ".join(differences(trained_on["summary"], describe(data)))
+            raise BadInput(f"{out} was trained on other images: {different}")
         note_changes(before, c)
     if before and all(getattr(before, name) == getattr(c, name) for name in TEACHER_SETTINGS):
         teacher = load_teacher(out)
@@ -378,6 +377,13 @@ def describe(data):
         for k, name in enumerate(data.classes):
             lines.append(f"  class {k}: {name}, {train[k]} to train on, {val[k]} held out")
     return lines
+
+
+def differences(then, now):
+    """What two descriptions of data do not share, up to four lines of it."""
+    before = [f"then {line.strip()}" for line in then if line not in now]
+    after = [f"now {line.strip()}" for line in now if line not in then]
+    return before[:2] + after[:2] or ["as many of each class, but not the same"]
 
 
 def quotas(counts, n):
@@ -1458,7 +1464,7 @@ def load_config(folder):
         preset = saved.pop("preset")
         trained_on = saved.pop("trained_on")
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        if not {"digest", "classes", "counts"} <= set(trained_on):
+        if not {"digest", "classes", "counts", "summary"} <= set(trained_on):
             raise ValueError("it does not say what it was trained on")
         return Config(**settings), preset, trained_on
     except FileNotFoundError:

@@ -6,38 +6,35 @@
     python fid.py photos.npz OTHER                           # for fid and sfid, again
     python fid.py ORIGINALS RECONSTRUCTIONS --paired         # also the PSNR of the pairs
 
-    line              what it asks                          what fools it
-    fid V             do the features of both sets have     few images raise it; so do JPEG and
-                      one mean and one covariance?          another resizer; memorising lowers it
-    sfid V            the same of spatial features: is      as FID
-                      everything in its place?
-    kid MEAN STD      FID's question, without bias from     JPEG, another resizer, memorising; few
-                      few images                            images make it noisy
-    is MEAN STD       is each sample of one clear class,    one good image a class; it never sees
-                      and are there many classes?           the reference; few images lower it
-    precision V       how many samples look real?           the same real image, again and again
-    recall V          how much of the real is covered?      rare bad samples far out, whose balls
-                      (both of features)                    are wide; memorising lifts both
-    psnr V            how well is each pixel restored?      blur
+    line            what it asks
+    fid V           do the features of both sets have one mean and one covariance?
+    sfid V          the same of spatial features: is everything in its place?
+    kid MEAN STD    FID's question, without bias from few images
+    is MEAN STD     is each sample of one clear class, and are there many classes?
+    precision V     how many samples look real?
+    recall V        how much of the real is covered?
+    psnr V          how well is each pixel of a pair restored?
 
-Which to use: below some 10,000 images kid; fid and sfid beside numbers of the same N and the same
-reference; precision and recall at equal numbers of images. Images are stretched to 299x299 as they
-are: both sets must have been cropped and shrunk alike, or let --size do it.
+What fools each of them stands beside its formula, above its code. Which to use: below some 10,000
+images kid; fid and sfid beside numbers of the same N and the same reference; precision and recall
+at equal numbers of images. Images are stretched to 299x299 as they are: both sets must have been
+cropped and shrunk alike, or let --size do it.
 
 REFERENCE and SAMPLES are each a folder (all images below it), an .npz of images (first array uint8
 (N, H, W, 3)) or an .npz of statistics (mu and sigma, maybe mu_s and sigma_s, maybe beside images
 arr_0). Statistics of ADM's evaluator are of this protocol; those of pytorch-fid have the same form,
 but it resizes otherwise, so that they do not go with samples that are measured here. Pairs are
-files of the same name but for the suffix; where all names are numbers, 7 is 007.
+files of the same name but for the suffix, or, in an .npz, its numbers from 0 on; where all names
+are numbers, 7 is 007.
 
 This file needs torch, numpy and pillow, and no other file. Its sections:
 
-    1  the measures           frechet_distance, kernel_distance, inception_score,
-                              precision_recall, psnr
-    2  the network            InceptionV3, load_inception
-    3  reading an image       load_image, crop_and_resize
-    4  measuring two sets     measure, compare
-    5  the command            main; before it files and the terminal
+    1  the measures
+    2  the network
+    3  reading an image
+    4  measuring two sets
+    5  files and the terminal
+    6  the command
 """
 
 import argparse
@@ -67,8 +64,10 @@ class BadInput(ValueError):
     """What the user gave cannot be used. The scripts print its one line and exit with status 2."""
 
 
-# What libraries raise when a file is not there or damaged, beside errors of their own
+# What libraries raise where a file is not there or damaged
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, TypeError, LookupError, MemoryError)
+BROKEN += (AttributeError, AssertionError, SyntaxError, struct.error, zlib.error)
+BROKEN += (zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError)
 
 # ================================================================================================
 # 1. The measures
@@ -106,14 +105,12 @@ BROKEN = (OSError, EOFError, ValueError, RuntimeError, TypeError, LookupError, M
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Means (d,) and covariances (d, d) of two sets -> float, at least 0."""
-    device = torch.device("cpu")
-    for each in (mu1, sigma1, mu2, sigma2):
-        if torch.is_tensor(each):
-            device = each.device  # arrays go where the tensors are
-    mu1 = torch.as_tensor(mu1, dtype=torch.float64, device=device)
-    mu2 = torch.as_tensor(mu2, dtype=torch.float64, device=device)
-    sigma1 = torch.as_tensor(sigma1, dtype=torch.float64, device=device)
-    sigma2 = torch.as_tensor(sigma2, dtype=torch.float64, device=device)
+    given = (mu1, sigma1, mu2, sigma2)
+    devices = [each.device for each in given if torch.is_tensor(each)]
+    device = devices[0] if devices else "cpu"  # arrays go where the tensors are
+    mu1, sigma1, mu2, sigma2 = [
+        torch.as_tensor(each, dtype=torch.float64, device=device) for each in given
+    ]
     values, vectors = torch.linalg.eigh(sigma1)
     # Few images span few directions. In the others there are eigenvalues of rounding alone, 1e-16,
     # whose roots, 1e-8, would add up.
@@ -157,9 +154,8 @@ def kernel_distance(features1, features2, subsets=100, size=1000, paired=False):
     features1 = torch.as_tensor(features1)
     features2 = torch.as_tensor(features2)
     rng = np.random.RandomState(2020)
-    progress = Progress("KID, subset", subsets)
     distances = []
-    for i in range(subsets):
+    for _ in range(subsets):
         chosen = rng.choice(n, size, replace=False)
         x = features1[chosen].double()
         y = features2[chosen if paired else rng.choice(m, size, replace=False)].double()
@@ -167,7 +163,6 @@ def kernel_distance(features1, features2, subsets=100, size=1000, paired=False):
         across = cubic_kernel(x, y)
         across = mean_of_pairs(across) if paired else across.mean()
         distances.append(within - 2 * across)
-        progress.update(i + 1)
     distances = torch.stack(distances)
     deviation = distances.std(correction=0).item() if size < max(n, m) else float("nan")
     return distances.mean().item(), deviation
@@ -189,32 +184,27 @@ def mean_of_pairs(kernel):
 #     IS = exp(mean over x of KL(p(y|x) || p(y))),     p(y) = mean over x of p(y|x)
 #
 # Logits leave out the bias, as in ADM's evaluator and torch-fidelity. These two split the images
-# differently: torch-fidelity shuffles and makes 10 parts, as we do, ADM's takes each 5,000 in file
-# order. Published tables hold ADM's: of 50,000 images in random order the two agree but for chance,
-# in a file sorted by class ADM's is lower, since its parts show few kinds. What fools it: one
-# perfect image for each class scores as well as a thousand; so do copies of the training set. And
-# it grows with N: a part of n images shows n kinds at most.
+# differently: torch-fidelity shuffles them and makes 10 parts, as we do; ADM's is the mean of
+# inception_score(part, splits=1) over parts of 5,000 in file order. Published tables hold ADM's: of
+# 50,000 images in random order the two agree but for chance, in a file sorted by class ADM's is
+# lower, since its parts show few kinds. What fools it: one perfect image for each class scores as
+# well as a thousand; so do copies of the training set, for it never sees the reference. And it
+# grows with N: a part of n images shows n kinds at most.
 
 
-def inception_score(logits, splits=10, split_size=None):
-    """Logits (N, 1008) -> mean and standard deviation over the splits.
+def inception_score(logits, splits=10):
+    """Logits (N, 1008) -> mean and standard deviation over the splits, shuffled by a fixed seed.
 
-    The splits are shuffled, with torch-fidelity's seed; fewer than `splits` images make one split
-    each, with a note. Given a split_size, they are that many images each, in order, as ADM's
-    evaluator makes them of 5,000. BadInput if there is no image.
+    Fewer than `splits` images make one split each, with a note. BadInput if there is no image.
     """
     n = len(logits)
     if n == 0:
         raise BadInput("the Inception Score takes at least 1 image")
-    if split_size:
-        order = np.arange(n)
-        bounds = range(split_size, n, split_size)
-    else:
-        if n < splits:
-            note(f"the Inception Score has {n} splits, not {splits}: there are {n} images")
-            splits = n
-        order = np.random.RandomState(2020).permutation(n)
-        bounds = [i * n // splits for i in range(1, splits)]
+    if n < splits:
+        note(f"the Inception Score has {n} splits, not {splits}: there are {n} images")
+        splits = n
+    order = np.random.RandomState(2020).permutation(n)
+    bounds = [i * n // splits for i in range(1, splits)]
     logits = torch.as_tensor(logits)
     scores = []
     for index in np.split(order, bounds):
@@ -307,7 +297,7 @@ def psnr(x, y):
 class ConvUnit(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, padding=0):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
@@ -321,89 +311,91 @@ def average_pool(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class Mixed5(nn.Module):
+def max_pool(x):
+    """3x3, of the same size."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halving_max_pool(x):
+    return F.max_pool2d(x, 3, stride=2)
+
+
+class Mixed(nn.Module):
+    """Chains of layers side by side; their outputs are concatenated.
+
+    chains: {name: list of ConvUnits and pools}. A chain's ConvUnits are called name_1, name_2, ...;
+    a single one bears the chain's name.
+    """
+
+    def __init__(self, **chains):
+        super().__init__()
+        self.chains = list(chains.values())
+        for name, layers in chains.items():
+            units = [layer for layer in layers if isinstance(layer, ConvUnit)]
+            for i, unit in enumerate(units):
+                self.add_module(name if len(units) == 1 else f"{name}_{i + 1}", unit)
+
+    def forward(self, x):
+        outputs = []
+        for layers in self.chains:
+            y = x
+            for layer in layers:
+                y = layer(y)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+
+def mixed5(c_in, c_pool):
     """Mixed_5b, 5c, 5d: 35x35."""
-
-    def __init__(self, c_in, c_pool):
-        super().__init__()
-        self.branch1x1 = ConvUnit(c_in, 64)
-        self.branch5x5_1 = ConvUnit(c_in, 48)
-        self.branch5x5_2 = ConvUnit(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvUnit(c_in, 64)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, padding=1)
-        self.branch_pool = ConvUnit(c_in, c_pool)
-
-    def forward(self, x):
-        a = self.branch1x1(x)
-        b = self.branch5x5_2(self.branch5x5_1(x))
-        c = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        d = self.branch_pool(average_pool(x))
-        return torch.cat([a, b, c, d], dim=1)
+    return Mixed(
+        branch1x1=[ConvUnit(c_in, 64)],
+        branch5x5=[ConvUnit(c_in, 48), ConvUnit(48, 64, 5)],
+        branch3x3dbl=[ConvUnit(c_in, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, 3)],
+        branch_pool=[average_pool, ConvUnit(c_in, c_pool)],
+    )
 
 
-class Mixed6a(nn.Module):
+def mixed6a():
     """35x35 -> 17x17."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3 = ConvUnit(288, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvUnit(288, 64)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        a = self.branch3x3(x)
-        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        c = F.max_pool2d(x, 3, stride=2)
-        return torch.cat([a, b, c], dim=1)
+    last = {"kernel": 3, "stride": 2, "padding": "valid"}
+    return Mixed(
+        branch3x3=[ConvUnit(288, 384, **last)],
+        branch3x3dbl=[ConvUnit(288, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, **last)],
+        branch_pool=[halving_max_pool],
+    )
 
 
-class Mixed6(nn.Module):
+def mixed6(c):
     """Mixed_6b to 6e: 17x17. The 7x7 convolutions are pairs of 1x7 and 7x1."""
-
-    def __init__(self, c):
-        super().__init__()
-        row = {"kernel": (1, 7), "padding": (0, 3)}
-        column = {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = ConvUnit(768, 192)
-        self.branch7x7_1 = ConvUnit(768, c)
-        self.branch7x7_2 = ConvUnit(c, c, **row)
-        self.branch7x7_3 = ConvUnit(c, 192, **column)
-        self.branch7x7dbl_1 = ConvUnit(768, c)
-        self.branch7x7dbl_2 = ConvUnit(c, c, **column)
-        self.branch7x7dbl_3 = ConvUnit(c, c, **row)
-        self.branch7x7dbl_4 = ConvUnit(c, c, **column)
-        self.branch7x7dbl_5 = ConvUnit(c, 192, **row)
-        self.branch_pool = ConvUnit(768, 192)
-
-    def forward(self, x):
-        a = self.branch1x1(x)
-        b = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        c = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        c = self.branch7x7dbl_5(self.branch7x7dbl_4(c))
-        d = self.branch_pool(average_pool(x))
-        return torch.cat([a, b, c, d], dim=1)
+    row = (1, 7)
+    column = (7, 1)
+    return Mixed(
+        branch1x1=[ConvUnit(768, 192)],
+        branch7x7=[ConvUnit(768, c), ConvUnit(c, c, row), ConvUnit(c, 192, column)],
+        branch7x7dbl=[
+            ConvUnit(768, c),
+            ConvUnit(c, c, column),
+            ConvUnit(c, c, row),
+            ConvUnit(c, c, column),
+            ConvUnit(c, 192, row),
+        ],
+        branch_pool=[average_pool, ConvUnit(768, 192)],
+    )
 
 
-class Mixed7a(nn.Module):
+def mixed7a():
     """17x17 -> 8x8."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = ConvUnit(768, 192)
-        self.branch3x3_2 = ConvUnit(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvUnit(768, 192)
-        self.branch7x7x3_2 = ConvUnit(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = ConvUnit(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = ConvUnit(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        a = self.branch3x3_2(self.branch3x3_1(x))
-        b = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        b = self.branch7x7x3_4(self.branch7x7x3_3(b))
-        c = F.max_pool2d(x, 3, stride=2)
-        return torch.cat([a, b, c], dim=1)
+    last = {"kernel": 3, "stride": 2, "padding": "valid"}
+    return Mixed(
+        branch3x3=[ConvUnit(768, 192), ConvUnit(192, 320, **last)],
+        branch7x7x3=[
+            ConvUnit(768, 192),
+            ConvUnit(192, 192, (1, 7)),
+            ConvUnit(192, 192, (7, 1)),
+            ConvUnit(192, 192, **last),
+        ],
+        branch_pool=[halving_max_pool],
+    )
 
 
 class Mixed7(nn.Module):
@@ -412,16 +404,14 @@ class Mixed7(nn.Module):
     def __init__(self, c_in, pool):
         super().__init__()
         self.pool = pool
-        row = {"kernel": (1, 3), "padding": (0, 1)}
-        column = {"kernel": (3, 1), "padding": (1, 0)}
         self.branch1x1 = ConvUnit(c_in, 320)
         self.branch3x3_1 = ConvUnit(c_in, 384)
-        self.branch3x3_2a = ConvUnit(384, 384, **row)
-        self.branch3x3_2b = ConvUnit(384, 384, **column)
+        self.branch3x3_2a = ConvUnit(384, 384, (1, 3))
+        self.branch3x3_2b = ConvUnit(384, 384, (3, 1))
         self.branch3x3dbl_1 = ConvUnit(c_in, 448)
-        self.branch3x3dbl_2 = ConvUnit(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = ConvUnit(384, 384, **row)
-        self.branch3x3dbl_3b = ConvUnit(384, 384, **column)
+        self.branch3x3dbl_2 = ConvUnit(448, 384, 3)
+        self.branch3x3dbl_3a = ConvUnit(384, 384, (1, 3))
+        self.branch3x3dbl_3b = ConvUnit(384, 384, (3, 1))
         self.branch_pool = ConvUnit(c_in, 192)
 
     def forward(self, x):
@@ -434,11 +424,6 @@ class Mixed7(nn.Module):
         return torch.cat([a, *b, *c, d], dim=1)
 
 
-def max_pool(x):
-    """3x3, of the same size."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 class InceptionV3(nn.Module):
     """uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008), spatial (B, 2023).
 
@@ -449,20 +434,20 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding=1)
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2, padding="valid")
+        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80)
-        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
-        self.Mixed_5b = Mixed5(192, 32)
-        self.Mixed_5c = Mixed5(256, 64)
-        self.Mixed_5d = Mixed5(288, 64)
-        self.Mixed_6a = Mixed6a()
-        self.Mixed_6b = Mixed6(128)
-        self.Mixed_6c = Mixed6(160)
-        self.Mixed_6d = Mixed6(160)
-        self.Mixed_6e = Mixed6(192)
-        self.Mixed_7a = Mixed7a()
+        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, padding="valid")
+        self.Mixed_5b = mixed5(192, 32)
+        self.Mixed_5c = mixed5(256, 64)
+        self.Mixed_5d = mixed5(288, 64)
+        self.Mixed_6a = mixed6a()
+        self.Mixed_6b = mixed6(128)
+        self.Mixed_6c = mixed6(160)
+        self.Mixed_6d = mixed6(160)
+        self.Mixed_6e = mixed6(192)
+        self.Mixed_7a = mixed7a()
         self.Mixed_7b = Mixed7(1280, average_pool)
         self.Mixed_7c = Mixed7(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)
@@ -471,33 +456,30 @@ class InceptionV3(nn.Module):
 
     def forward(self, images):
         with full_float32(images.device):
-            return self.forward_float32(images)
-
-    def forward_float32(self, images):
-        x = (resize_to_299(images) - 128) / 128
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
-        x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
-        x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
-        x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
-        x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
-        x = self.Mixed_5b(x)  # (B, 256, 35, 35)
-        x = self.Mixed_5c(x)  # (B, 288, 35, 35)
-        x = self.Mixed_5d(x)  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
-        x = self.Mixed_6b(x)
-        x = self.Mixed_6c(x)
-        x = self.Mixed_6d(x)
-        spatial = x[:, :7]  # of branch1x1, which comes first in the concatenation
-        x = self.Mixed_6e(x)
-        x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
-        x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
-        x = self.Mixed_7c(x)
-        features = x.mean((2, 3))  # (B, 2048)
-        logits = F.linear(features, self.fc.weight) if self.fc else None
-        return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
+            x = (resize_to_299(images) - 128) / 128
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
+            x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
+            x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
+            x = halving_max_pool(x)  # (B, 64, 73, 73)
+            x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
+            x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
+            x = halving_max_pool(x)  # (B, 192, 35, 35)
+            x = self.Mixed_5b(x)  # (B, 256, 35, 35)
+            x = self.Mixed_5c(x)  # (B, 288, 35, 35)
+            x = self.Mixed_5d(x)  # (B, 288, 35, 35)
+            x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+            x = self.Mixed_6b(x)
+            x = self.Mixed_6c(x)
+            x = self.Mixed_6d(x)
+            spatial = x[:, :7]  # of branch1x1, which comes first in the concatenation
+            x = self.Mixed_6e(x)
+            x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
+            x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
+            x = self.Mixed_7c(x)
+            features = x.mean((2, 3))  # (B, 2048)
+            logits = F.linear(features, self.fc.weight) if self.fc else None
+            return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
 
     def fold(self):
         """Merge every batch norm into its convolution: the same function, faster.

@@ -27,14 +27,8 @@ but it resizes otherwise, so that they do not go with samples that are measured 
 files of the same name but for the suffix, or, in an .npz, its numbers from 0 on; where all names
 are numbers, 7 is 007.
 
-This file needs torch, numpy and pillow, and no other file. Its sections:
-
-    1  the measures
-    2  the network
-    3  reading an image
-    4  measuring two sets
-    5  files and the terminal
-    6  the command
+This file needs torch, numpy and pillow, and no other file. Its sections: the measures; the network;
+reading an image; measuring two sets; files and the terminal; the command.
 """
 
 import argparse
@@ -118,7 +112,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r = vectors[:, spanned] * values[spanned].sqrt()  # R R^T = S_1
     cross = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp_min(0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()
-    return max(0.0, (shift + sigma1.trace() + sigma2.trace() - 2 * cross).item())
+    return (shift + sigma1.trace() + sigma2.trace() - 2 * cross).clamp_min(0).item()
 
 
 # KID (Binkowski et al. 2018) is the squared maximum mean discrepancy between the two sets under a
@@ -237,17 +231,16 @@ def precision_recall(reference, samples, k=3):
         raise BadInput(f"precision and recall take more than {k} images a set, not {n} and {m}")
     reference = torch.as_tensor(reference).double()
     samples = torch.as_tensor(samples).double()
-    reference_radii = squared_radii(reference, k)
-    samples_radii = squared_radii(samples, k)
-    recalled = []
-    precise = torch.zeros(m, dtype=torch.bool, device=samples.device)
-    progress = Progress("precision and recall", n)
-    for rows in torch.arange(n).split(ROWS):
-        squared = squared_distances(reference[rows], samples)
-        precise |= (squared <= reference_radii[rows, None]).any(0)
-        recalled.append((squared <= samples_radii).any(1))
-        progress.update(rows[-1].item() + 1)
-    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+    return share_inside(samples, reference, k), share_inside(reference, samples, k)
+
+
+def share_inside(points, centres, k):
+    """The share of points (n, d) inside the manifold of centres (m, d)."""
+    radii = squared_radii(centres, k)
+    inside = []
+    for some in points.split(ROWS):
+        inside.append((squared_distances(some, centres) <= radii).any(1))
+    return torch.cat(inside).double().mean().item()
 
 
 def squared_radii(features, k):
@@ -311,15 +304,6 @@ def average_pool(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def max_pool(x):
-    """3x3, of the same size."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halving_max_pool(x):
-    return F.max_pool2d(x, 3, stride=2)
-
-
 class Mixed(nn.Module):
     """Chains of layers side by side; their outputs are concatenated.
 
@@ -361,7 +345,7 @@ def mixed6a():
     return Mixed(
         branch3x3=[ConvUnit(288, 384, **last)],
         branch3x3dbl=[ConvUnit(288, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, **last)],
-        branch_pool=[halving_max_pool],
+        branch_pool=[nn.MaxPool2d(3, stride=2)],
     )
 
 
@@ -394,7 +378,7 @@ def mixed7a():
             ConvUnit(192, 192, (7, 1)),
             ConvUnit(192, 192, **last),
         ],
-        branch_pool=[halving_max_pool],
+        branch_pool=[nn.MaxPool2d(3, stride=2)],
     )
 
 
@@ -449,7 +433,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = mixed6(192)
         self.Mixed_7a = mixed7a()
         self.Mixed_7b = Mixed7(1280, average_pool)
-        self.Mixed_7c = Mixed7(2048, max_pool)
+        self.Mixed_7c = Mixed7(2048, nn.MaxPool2d(3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
         self.eval()
         self.requires_grad_(False)
@@ -461,10 +445,10 @@ class InceptionV3(nn.Module):
             x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
             x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
             x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
-            x = halving_max_pool(x)  # (B, 64, 73, 73)
+            x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
             x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
             x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
-            x = halving_max_pool(x)  # (B, 192, 35, 35)
+            x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
             x = self.Mixed_5b(x)  # (B, 256, 35, 35)
             x = self.Mixed_5c(x)  # (B, 288, 35, 35)
             x = self.Mixed_5d(x)  # (B, 288, 35, 35)
@@ -482,10 +466,7 @@ class InceptionV3(nn.Module):
             return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
 
     def fold(self):
-        """Merge every batch norm into its convolution: the same function, faster.
-
-        The state-dict names are lost.
-        """
+        """Merge every batch norm into its convolution: the same function, faster."""
         for unit in [m for m in self.modules() if isinstance(m, ConvUnit)]:
             unit.conv = nn.utils.fusion.fuse_conv_bn_eval(unit.conv, unit.bn)
             unit.bn = nn.Identity()
@@ -554,20 +535,15 @@ INCEPTION = Published(
 def load_inception(file, device):
     """The published network, or the one in `file`, ready to measure; its batch norms folded.
 
-    A file without fc.weight and fc.bias gives a network without classifier, for all but the
-    Inception Score. BadInput if the file is not such a network.
+    A file without its classifier, fc, serves for all but the Inception Score. BadInput if the file
+    is not such a network.
     """
     net = InceptionV3()
-    path = fetch(INCEPTION) if file is None else Path(file)
+    path = fetch(INCEPTION) if file is None else file
     saved = load_checkpoint(path)
-    if isinstance(saved, dict) and not {"fc.weight", "fc.bias"} & saved.keys():
+    if "fc.weight" not in saved:
         net.fc = None
     load_states(path, {"": net}, {"": saved})
-    if file is not None and sha256(path) != INCEPTION.sha256:
-        note(
-            f"{path} is not the published file: "
-            "its figures compare with others' only if it holds the same network"
-        )
     return net.fold().to(device)
 
 
@@ -579,10 +555,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".t
 IMAGE_SUFFIXES += (".ppm", ".pgm", ".pnm", ".avif", ".jp2", ".j2k")
 
 # Pillow goes by a file's content, not by its name, and hands some formats, as EPS, to another
-# program: these it may read. (AVIF it knows from version 11.3 on.)
+# program: these it may read.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-Image.init()
-FORMATS = [name for name in FORMATS if name in Image.OPEN]
 
 
 def load_image(item, size=None, crop=None):
@@ -591,37 +565,32 @@ def load_image(item, size=None, crop=None):
     If size is given: a square of it, size x size; see crop_and_resize. Of a moving picture the
     first frame; transparency is ignored. BadInput if it cannot be read.
     """
-    try:
-        if isinstance(item, np.ndarray):
-            picture = Image.fromarray(item)
-        else:
+    if isinstance(item, np.ndarray):
+        picture = Image.fromarray(item)
+    else:
+        try:
             with Image.open(item, formats=FORMATS) as file:
                 picture = to_rgb(ImageOps.exif_transpose(file))
-        if crop is not None or size is not None and picture.size != (size, size):
-            picture = crop_and_resize(picture, size, crop)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except (*BROKEN, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        name = "an array" if isinstance(item, np.ndarray) else item
-        raise BadInput(f"cannot read {name}: {one_line(error)}") from None
+        except BROKEN as error:
+            raise BadInput(f"cannot read {item}: {one_line(error)}") from None
+    if crop is not None or size is not None and picture.size != (size, size):
+        picture = crop_and_resize(picture, size, crop)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_rgb(picture):
     """Any PIL picture -> RGB, 8 bits. ValueError if its numbers have no clear meaning.
 
-    Pillow alone would clip 16 bits to 255, and floats to whole numbers. Greys of 16 bits have mode
-    I in Pillow before 10.3 (and in .pgm), I;16 since.
+    Pillow alone would clip greys of 16 bits to 255, and floats to whole numbers.
     """
-    if picture.mode == "F":
+    if picture.mode == "F" or picture.mode.startswith("I"):
         values = np.asarray(picture)
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"its floats are {values.min()} to {values.max()}, not 0 to 1")
-        picture = Image.fromarray((255 * values).round().astype(np.uint8))
-    elif picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its numbers are {values.min()} to {values.max()}, not of 16 bits")
-        # the high byte, as Pillow takes it of 16-bit colours
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
+        largest = 1 if picture.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= largest):  # nor NaN
+            raise ValueError(f"it holds {values.min()} to {values.max()}, not 0 to {largest}")
+        # of 16 bits the high byte, as Pillow takes it of 16-bit colours
+        values = (255 * values).round() if picture.mode == "F" else values >> 8
+        picture = Image.fromarray(values.astype(np.uint8))
     return picture.convert("RGB")
 
 
@@ -636,13 +605,11 @@ def crop_and_resize(picture, size, crop=None):
     """
     share = 1.0 if crop is None else crop[0]
     short = round(size / share)  # of the shrunk picture; `size` is a share `share` of it
+    # The middle of a line of pixels alone: enlarged as a whole it would take gigabytes.
+    longest = 16 * min(picture.size)
+    margins = [max(0, side - longest) // 2 for side in picture.size]
+    picture = ImageOps.crop(picture, tuple(margins))
     width, height = picture.size
-    if max(width, height) > 16 * min(width, height):
-        # its middle alone: a line of pixels, enlarged as a whole, would take gigabytes
-        sides = max(0, width - 16 * height) // 2
-        ends = max(0, height - 16 * width) // 2
-        picture = ImageOps.crop(picture, (sides, ends))
-        width, height = picture.size
     while min(width, height) >= 2 * short:
         width //= 2
         height //= 2
@@ -676,8 +643,9 @@ def crop_and_resize(picture, size, crop=None):
 #   pooled, spatial   mean (d,) and covariance (d, d), float64, of the features and spatial features
 #   n, sizes          of how many images these are, and of which heights and widths
 #   features, logits  float32 (N, 2048) and (N, 1008), of each image
-FIELDS = "name items pooled spatial n sizes features logits"
-Statistics = namedtuple("Statistics", FIELDS, defaults=[None] * 7)
+Statistics = namedtuple(
+    "Statistics", "name items pooled spatial n sizes features logits", defaults=[None] * 7
+)
 
 # measure, in the order of the output: the part of the Statistics that it takes, of both sets (the
 # Inception Score: of the samples alone)
@@ -737,9 +705,7 @@ def measure(name, items, net, device, keep=(), size=None):
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
     batch_size = 10 if device.type == "cpu" else 100
 
-    # A new batch after every batch_size images, and wherever the shape changes: only equal shapes
-    # can be stacked.
-    def batch_and_shape(numbered_image):
+    def batch_and_shape(numbered_image):  # for only equal shapes can be stacked
         i, image = numbered_image
         return i // batch_size, image.shape
 
@@ -771,17 +737,15 @@ def measure(name, items, net, device, keep=(), size=None):
     )
 
 
-def compare(reference, samples, wanted, *, paired=False, split_size=None):
+def compare(reference, samples, wanted, paired=False):
     """Statistics of two sets -> {measure: its value, or (mean, deviation)}, those of `wanted`.
 
-    split_size: see inception_score; paired: see kernel_distance. Notes say what cannot be had, and
-    what may fool a FID.
+    paired: see kernel_distance. Notes say what cannot be had, and what may fool a FID.
     """
     possible = [name for name in wanted if can_be_had(name, reference, samples)]
-    left_out = [name for name in wanted if name not in possible]
-    if left_out:
-        reason = "for want of images or of the network's classifier"
-        note(f"left out: {', '.join(left_out)}, {reason}")
+    if len(possible) < len(wanted):
+        left_out = [name for name in wanted if name not in possible]
+        note(f"left out, for want of images or of a classifier: {', '.join(left_out)}")
     figures = {}
     if "fid" in possible:
         figures["fid"] = frechet_distance(*reference.pooled, *samples.pooled)
@@ -792,15 +756,14 @@ def compare(reference, samples, wanted, *, paired=False, split_size=None):
     if "kid" in possible:
         figures["kid"] = kernel_distance(reference.features, samples.features, paired=paired)
     if "is" in possible:
-        figures["is"] = inception_score(samples.logits, split_size=split_size)
+        figures["is"] = inception_score(samples.logits)
     if "precision" in possible or "recall" in possible:
         of_reference = reference.features
         if len(of_reference) > 10000:  # as many as in ADM's files
             note(f"precision and recall take 10,000 of the {len(of_reference):,} reference images")
             of_reference = of_reference[evenly_spaced(len(of_reference), 10000)]
-        precision, recall = precision_recall(of_reference, samples.features)
-        figures["precision"] = precision
-        figures["recall"] = recall
+        both = precision_recall(of_reference, samples.features)
+        figures |= zip(("precision", "recall"), both)
     return {name: value for name, value in figures.items() if name in wanted}
 
 
@@ -817,16 +780,13 @@ def note_on_fid(reference, samples):
     """Notes where the images of two Statistics are too few for FID and sFID, or of many sizes."""
     for each in (reference, samples):
         if each.n is not None and each.n < 2048:
-            note(
-                f"{each.name}: below 2,048 images FID and sFID are biased upward, badly; KID is not"
-            )
+            note(f"{each.name}: below 2,048 images FID and sFID are far too high; KID is not")
     sizes = sorted((reference.sizes or set()) | (samples.sizes or set()))
     if len(sizes) > 1:
         some = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        more = ", ..." if len(sizes) > 3 else ""
         note(
-            f"images are of {len(sizes)} sizes ({some}{more}), and FID sees how they are resized: "
-            "crop and shrink all alike (fid.py --size N)"
+            f"images are of {len(sizes)} sizes ({some}{', ...' * (len(sizes) > 3)}), and FID sees "
+            "how they are resized: crop and shrink all alike (fid.py --size N)"
         )
 
 
@@ -846,10 +806,8 @@ def read_set(spec):
         items = list_folder(path)
     elif path.suffix == ".npz" and path.is_file():
         arrays = read_arrays(path)
-        if "mu" in arrays and "sigma" in arrays:
-            pooled = read_moments(spec, arrays, "mu", "sigma", 2048)
-        if pooled and "mu_s" in arrays and "sigma_s" in arrays:
-            spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
+        pooled = read_moments(spec, arrays, "mu", "sigma", 2048)
+        spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
         if not pooled or "arr_0" in arrays:
             items = first_array(spec, arrays)
     else:
@@ -860,23 +818,24 @@ def read_set(spec):
 
 
 def list_folder(path):
-    """The image files below a folder, sorted. BadInput if there are none.
-
-    Hidden files are left out; a note counts and names the others that are no images.
-    """
-    images = []
-    others = []
-    for file in files_below(path, set()):
-        if file.name.lower().endswith(IMAGE_SUFFIXES):
-            images.append(file)
-        else:
-            others.append(str(file.relative_to(path)))
+    """The image files below a folder. A note counts the others; BadInput if there are none."""
+    images, others = images_below(path)
     if others:
-        some = ", ".join(others[:3] + ["..."] * (len(others) > 3))
+        some = ", ".join(str(file.relative_to(path)) for file in others[:3])
         note(f"{path}: {len(others):,} files are not named as images and passed over: {some}")
     if not images:
         raise BadInput(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}")
     return images
+
+
+def images_below(folder):
+    """The files below a folder, sorted -> those named as images, the others."""
+    images = []
+    others = []
+    for file in files_below(folder, set()):
+        is_image = file.name.lower().endswith(IMAGE_SUFFIXES)
+        (images if is_image else others).append(file)
+    return images, others
 
 
 def files_below(folder, seen):
@@ -910,42 +869,39 @@ def first_array(spec, arrays):
 
 
 def read_moments(spec, arrays, mu_name, sigma_name, d):
-    """Two of a file's arrays -> mean and covariance, float64. BadInput if they are none."""
-    mu = arrays[mu_name]
-    sigma = arrays[sigma_name]
-    numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
-    if not numbers or mu.shape != (d,) or sigma.shape != (d, d):
+    """Mean and covariance, float64, or None if a file's arrays lack them. BadInput if unusable."""
+    if mu_name not in arrays or sigma_name not in arrays:
+        return None
+    mu = arrays[mu_name].astype(np.float64)
+    sigma = arrays[sigma_name].astype(np.float64)
+    if mu.shape != (d,) or sigma.shape != (d, d):
         raise BadInput(
-            f"{spec}: want numbers {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
-            f"and it has {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+            f"{spec}: {mu_name} must be ({d},) and {sigma_name} ({d}, {d}), "
+            f"and they are {mu.shape} and {sigma.shape}"
         )
-    mu = mu.astype(np.float64)
-    sigma = sigma.astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput(f"{spec}: {mu_name} or {sigma_name} holds NaN or infinity")
     # What is below a thousandth of the largest variance may be the rounding of whoever saved it.
     tolerance = 1e-3 * abs(sigma).max() + 1e-30
-    if abs(sigma - sigma.T).max() > tolerance:
-        raise BadInput(f"{spec}: {sigma_name} is no covariance, for it is not symmetric")
+    symmetric = abs(sigma - sigma.T).max() <= tolerance
     # S + t I has a Cholesky factor just if no eigenvalue of S is below -t.
     shifted = torch.from_numpy(sigma + tolerance * np.eye(d))
-    if torch.linalg.cholesky_ex(shifted).info != 0:
-        raise BadInput(f"{spec}: {sigma_name} is no covariance, for it has negative eigenvalues")
+    if not symmetric or torch.linalg.cholesky_ex(shifted).info != 0:
+        raise BadInput(f"{spec}: {sigma_name} is not symmetric, or has negative eigenvalues")
     return mu, sigma
 
 
 # ================================================================================================
-# 5. The command
+# 5. Files and the terminal
 # ================================================================================================
-# First what any script needs for files and the terminal; then the command line and main.
 
 
 def write_atomically(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: complete or absent."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
@@ -953,13 +909,9 @@ def write_atomically(path, save):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save turns the error of a full disk into a RuntimeError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise BadInput(f"cannot write {path}: {cause.strerror or cause}") from None
+        raise BadInput(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
     finally:
-        with contextlib.suppress(OSError):  # its folder could not be made
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(path):
@@ -973,26 +925,22 @@ def cache_path(name, folder=None):
 
 
 def fetch(published, folder=None):
-    """Path of a Published file, downloaded if need be, its SHA-256 checked every time."""
+    """Path of a Published file, downloaded if need be; its SHA-256 is checked every time."""
     path = cache_path(published.name, folder)
     source = published.base_url + published.name
     digest = published.sha256
-    if path.exists():
-        if sha256(path) != digest:
-            raise BadInput(
-                f"{path} is not the published file (its SHA-256 should be {digest}): "
-                "delete it to download it again"
-            )
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # to a temporary file, checked, then renamed
-        torch.hub.download_url_to_file(source, str(path), digest)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # to a temporary file, checked, then renamed
+            torch.hub.download_url_to_file(source, str(path), digest)
     except (OSError, RuntimeError) as error:  # no network; another SHA-256
         raise BadInput(
             f"cannot download {published.name} ({error}): fetch {source} elsewhere and put it at "
             f"{path}; SHA-256 {digest}"
         ) from None
+    if sha256(path) != digest:
+        raise BadInput(f"{path} is not the published file, SHA-256 {digest}: delete it to fetch it")
     return path
 
 
@@ -1001,58 +949,43 @@ def read_arrays(path):
     try:
         file = np.load(path, allow_pickle=False)
         return {"array": file} if isinstance(file, np.ndarray) else dict(file)
-    except (*BROKEN, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise BadInput(f"cannot read {path}: {error}") from None
 
 
 def load_checkpoint(path, device="cpu"):
-    """A file of tensors and plain values. Code in it is never run."""
+    """A file of a dictionary of tensors and plain values. Code in it is never run."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (
-        *BROKEN,
-        AttributeError,
-        AssertionError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error) or "damaged"
-        raise BadInput(f"cannot read {path}: {reason.splitlines()[0]}") from None
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except BROKEN as error:
+        raise BadInput(f"cannot read {path}: {one_line(error)[:200] or 'damaged'}") from None
+    if not isinstance(saved, dict):
+        raise BadInput(f"{path} holds a {type(saved).__name__}, not a dictionary")
+    return saved
 
 
 def load_weights(path, net):
     """Load a file that holds the state of net alone."""
-    # as a checkpoint of one part, without a name: messages then name the tensors as the file does
     load_states(path, {"": net}, {"": load_checkpoint(path)})
 
 
 def load_states(path, parts, saved):
     """Load a checkpoint's states, saved[name], into parts[name], modules or optimizers.
 
-    BadInput if they do not fit, or hold NaN or infinity.
+    BadInput if they do not fit, or a module's hold NaN or infinity.
     """
-    try:
-        if not isinstance(saved, dict):
-            raise TypeError(f"a {type(saved).__name__}, not a dictionary")
-        for name, part in parts.items():
+    for name, part in parts.items():
+        try:
             part.load_state_dict(saved[name])
-    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = one_line(error)[:200]
-        raise BadInput(
-            f"{path} holds other weights than this network, with these settings, has: {reason}"
-        ) from None
-    for name, tensor in named_tensors(saved):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadInput(f"{path} is of no use: NaN or infinity in {name}")
-
-
-def named_tensors(value, name=""):
-    """Yield (dotted name, tensor) for all tensors in nested dictionaries."""
-    if torch.is_tensor(value):
-        yield name, value
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
+        except BROKEN as error:
+            raise BadInput(
+                f"{path} holds other weights than this network, with these settings, has: "
+                f"{one_line(error)[:200]}"
+            ) from None
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise BadInput(f"{path} is of no use: NaN or infinity in {name} {key}")
 
 
 def one_line(error):
@@ -1064,35 +997,24 @@ def note(message):
 
 
 class Progress:
-    """A line on standard error that says how far, and how long it will still take.
-
-    On a terminal it overwrites itself; elsewhere a plain line comes every ten seconds at most.
-    """
+    """Every five seconds a line on standard error: how far, and how long it will still take."""
 
     def __init__(self, what, total, first=0):
         self.what = what
         self.total = total
         self.first = first
         self.start = time.monotonic()
-        self.shown = self.start  # when it was last shown
+        self.shown = self.start  # when the last line came
 
     def update(self, done, text=""):
         now = time.monotonic()
-        terminal = sys.stderr.isatty()
-        finished = done >= self.total
-        pause = 0.2 if terminal else 10
-        if not finished and now - self.shown < pause:
+        if done < self.total and now - self.shown < 5:
             return
         self.shown = now
         each = (now - self.start) / max(done - self.first, 1)
         left = int(each * (self.total - done))
-        text = f"{text}  " if text else ""
-        line = f"{self.what} {done}/{self.total}  {text}{left // 60}:{left % 60:02d} left"
-        if terminal:
-            end = "\n" if finished else ""
-            print(f"\r{line}\033[K", end=end, file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        line = f"{self.what} {done}/{self.total}  {text}  {left // 60}:{left % 60:02d} left"
+        print(line, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1115,14 +1037,15 @@ def run_script(main):
     try:
         main()
     except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            error = "the GPU has too little memory"
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)  # over an unfinished progress line
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ================================================================================================
+# 6. The command
+# ================================================================================================
 
 
 def parse_arguments():
@@ -1136,29 +1059,28 @@ def parse_arguments():
     add("--save-stats", metavar="FILE.npz", help="write the reference's statistics")
     add("--force", action="store_true", help="--save-stats may replace a file")
     add("--paired", action="store_true", help="files of one name are pairs: PSNR; KID without them")
-    add("--unshuffled", action="store_true", help="Inception Score as ADM's evaluator takes it")
     args = parser.parse_args()
     args.paired = args.paired or "psnr" in (args.only or [])
     args.only = [name for name in TAKES if name in (args.only or TAKES)]
     if args.size is not None and not 1 <= args.size <= 4096:
         raise BadInput(f"--size is {args.size}: it must lie in 1 to 4,096 pixels")
     if args.save_stats is not None:
-        inputs = [args.reference, args.samples, args.weights]
-        check_save_path(args.save_stats, inputs, args.force)
+        check_save_path(args)
     return args
 
 
-def check_save_path(path, inputs, force):
-    """BadInput if statistics must not be written there: over what is read, or over another file."""
+def check_save_path(args):
+    """BadInput if --save-stats would replace what is read, or another file without --force."""
+    path = args.save_stats
     if not path.endswith(".npz"):
         raise BadInput(f"--save-stats is {path!r}: it must end in .npz")
     if not os.path.exists(path):
         return
-    for each in inputs:
-        if each and os.path.exists(each) and os.path.samefile(path, each):
-            raise BadInput(f"--save-stats would overwrite {each}, which is read")
-    if not force:
+    if not args.force:
         raise BadInput(f"{path} is there already: give --force to replace it")
+    for each in (args.reference, args.samples, args.weights):
+        if each and os.path.samefile(path, each):
+            raise BadInput(f"--save-stats would overwrite {each}, which is read")
 
 
 def pair_samples(reference, samples):
@@ -1173,17 +1095,14 @@ def pair_samples(reference, samples):
     if all(name.isdecimal() for name in reference_names + sample_names):
         reference_names = [int(name) for name in reference_names]
         sample_names = [int(name) for name in sample_names]
-    for names in (reference_names, sample_names):
-        if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            raise BadInput(f"--paired: several images of one side are called {twice!r}")
-    common = set(reference_names) & set(sample_names)
-    if len(common) < max(len(reference_names), len(sample_names)):
-        alone = sorted(set(reference_names) ^ set(sample_names))
-        raise BadInput(
-            f"--paired: {len(reference_names):,} reference images and {len(sample_names):,} "
-            f"samples have {len(common):,} names in common; on one side alone: {alone[:3]}"
-        )
+    of_reference = Counter(reference_names)
+    of_samples = Counter(sample_names)
+    for name in of_reference | of_samples:
+        if not of_reference[name] == of_samples[name] == 1:
+            raise BadInput(
+                f"--paired: {name!r} is the name of {of_reference[name]} reference images and "
+                f"{of_samples[name]} samples, of {len(reference_names):,} and {len(sample_names):,}"
+            )
     place = {name: i for i, name in enumerate(sample_names)}
     return samples._replace(items=[samples.items[place[name]] for name in reference_names])
 
@@ -1219,7 +1138,8 @@ def completed(known, parts, network, device, size):
     measured = measure(known.name, known.items, network(), device, parts, size)
     if known.pooled is None:
         return measured
-    return measured._replace(pooled=known.pooled, spatial=known.spatial, n=None, sizes=None)
+    spatial = known.spatial or measured.spatial
+    return measured._replace(pooled=known.pooled, spatial=spatial, n=None, sizes=None)
 
 
 def save_moments(file, statistics):
@@ -1246,14 +1166,10 @@ def main():
     if args.save_stats:
         of_reference |= {"pooled"}
 
-    @functools.cache
-    def network():
-        return load_inception(args.weights, device)
-
+    network = functools.cache(functools.partial(load_inception, args.weights, device))
     reference = completed(reference, of_reference, network, device, args.size)
     samples = completed(samples, of_samples, network, device, args.size)
-    split_size = 5000 if args.unshuffled else None
-    figures = compare(reference, samples, args.only, paired=args.paired, split_size=split_size)
+    figures = compare(reference, samples, args.only, paired=args.paired)
     if args.paired:
         figures["psnr"] = paired_psnr
     if not (figures or args.save_stats):
@@ -1262,7 +1178,7 @@ def main():
         decimals = 8 if name == "kid" else 6
         print(name, *[f"{number:.{decimals}f}" for number in np.atleast_1d(value)])
     if args.save_stats:  # last: a disk that fails costs no figure
-        write_atomically(args.save_stats, functools.partial(save_moments, statistics=reference))
+        write_atomically(args.save_stats, lambda file: save_moments(file, reference))
 
 
 if __name__ == "__main__":

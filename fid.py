@@ -660,7 +660,7 @@ TAKES = {
 
 
 class RunningMoments:
-    """Sums that give mean and covariance of vectors that come in batches (B, d)."""
+    """Mean and covariance of vectors that come in batches (B, d)."""
 
     def __init__(self, d, device):
         self.total = torch.zeros(d, dtype=torch.float64, device=device)
@@ -678,10 +678,7 @@ class RunningMoments:
 
 
 def read_images(name, items, size=None):
-    """Yield uint8 (3, H, W) for each of items, files or arrays (H, W, 3); some read in parallel.
-
-    size: see load_image. BadInput at the first that cannot be read.
-    """
+    """Yield load_image(item, size) for each of items, in order; some are read in parallel."""
     progress = Progress(f"reading {name}", len(items))
     load = functools.partial(load_image, size=size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -695,9 +692,8 @@ def read_images(name, items, size=None):
 def measure(name, items, net, device, keep=(), size=None):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics, on the device.
 
-    Of "features" and "logits" those named in `keep` are kept for each image, else None. If size is
-    given, each image is first cropped and shrunk to size x size. `name` is for messages. BadInput
-    if an image cannot be read or fewer than 2 are there.
+    Of "features" and "logits" those named in `keep` are kept for each image. size: see load_image.
+    `name` is for messages. BadInput if an image cannot be read or fewer than 2 are there.
     """
     n = len(items)
     if n < 2:
@@ -725,16 +721,8 @@ def measure(name, items, net, device, keep=(), size=None):
             features.append(batch_features)
         if "logits" in keep and batch_logits is not None:
             logits.append(batch_logits)
-    return Statistics(
-        name,
-        items,
-        pooled.moments(n),
-        spatial.moments(n),
-        n,
-        sizes,
-        torch.cat(features) if features else None,
-        torch.cat(logits) if logits else None,
-    )
+    kept = [torch.cat(batches) if batches else None for batches in (features, logits)]
+    return Statistics(name, items, pooled.moments(n), spatial.moments(n), n, sizes, *kept)
 
 
 def compare(reference, samples, wanted, paired=False):
@@ -791,10 +779,9 @@ def note_on_fid(reference, samples):
 
 
 def read_set(spec):
-    """What a command line names -> Statistics, as far as they are known; a note counts the images.
+    """What a command line names -> Statistics, as far as known; a note counts the images.
 
-    An .npz may hold statistics, images or both. If both, its statistics are believed to be those
-    of more images, as in ADM's reference files.
+    An .npz may hold statistics, images or both, as ADM's reference files do.
     """
     if not spec:
         raise BadInput("a path is empty: is a variable of the shell not set?")
@@ -810,32 +797,20 @@ def read_set(spec):
         spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
         if not pooled or "arr_0" in arrays:
             items = first_array(spec, arrays)
+            note(f"{spec}: {len(items):,} images")
     else:
         raise BadInput(f"no data at {spec!r}: want a folder of images or an .npz file")
-    if items is not None:
-        note(f"{spec}: {len(items):,} images")
     return Statistics(spec, items, pooled, spatial)
 
 
 def list_folder(path):
-    """The image files below a folder. A note counts the others; BadInput if there are none."""
-    images, others = images_below(path)
-    if others:
-        some = ", ".join(str(file.relative_to(path)) for file in others[:3])
-        note(f"{path}: {len(others):,} files are not named as images and passed over: {some}")
+    """The image files below a folder. A note counts them; BadInput if there are none."""
+    files = list(files_below(path, set()))
+    images = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    note(f"{path}: {len(images):,} images, {len(files) - len(images):,} other files")
     if not images:
         raise BadInput(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}")
     return images
-
-
-def images_below(folder):
-    """The files below a folder, sorted -> those named as images, the others."""
-    images = []
-    others = []
-    for file in files_below(folder, set()):
-        is_image = file.name.lower().endswith(IMAGE_SUFFIXES)
-        (images if is_image else others).append(file)
-    return images, others
 
 
 def files_below(folder, seen):
@@ -920,7 +895,7 @@ def sha256(path):
 
 
 def cache_path(name, folder=None):
-    """Where the published file `name` is, or would be: in folder, or in torch's cache."""
+    """Where a published file is, or would be: in folder, or in torch's cache."""
     return Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
 
 
@@ -1018,7 +993,7 @@ class Progress:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are BadInput, of one line."""
+    """An argument parser whose errors are BadInput."""
 
     def __init__(self, about, **options):
         raw = argparse.RawDescriptionHelpFormatter
@@ -1029,10 +1004,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """main(). What the user can mend becomes one line on standard error, and status 2.
+    """main(), where errors that the user can mend become one line and status 2. Ctrl-C: status 130.
 
-    That is BadInput; OSError, since disks are the user's too; and a GPU's lack of memory. Ctrl-C is
-    status 130.
+    OSErrors are such errors, since disks are the user's, too.
     """
     try:
         main()
@@ -1064,29 +1038,26 @@ def parse_arguments():
     args.only = [name for name in TAKES if name in (args.only or TAKES)]
     if args.size is not None and not 1 <= args.size <= 4096:
         raise BadInput(f"--size is {args.size}: it must lie in 1 to 4,096 pixels")
-    if args.save_stats is not None:
-        check_save_path(args)
+    check_save_path(args.save_stats, [args.reference, args.samples, args.weights], args.force)
     return args
 
 
-def check_save_path(args):
-    """BadInput if --save-stats would replace what is read, or another file without --force."""
-    path = args.save_stats
+def check_save_path(path, inputs, force):
+    """BadInput if path is of no use to --save-stats, or there already: --force is for that."""
+    if path is None:
+        return
     if not path.endswith(".npz"):
         raise BadInput(f"--save-stats is {path!r}: it must end in .npz")
-    if not os.path.exists(path):
-        return
-    if not args.force:
-        raise BadInput(f"{path} is there already: give --force to replace it")
-    for each in (args.reference, args.samples, args.weights):
-        if each and os.path.samefile(path, each):
-            raise BadInput(f"--save-stats would overwrite {each}, which is read")
+    if os.path.exists(path):
+        is_input = any(each and os.path.samefile(path, each) for each in inputs)
+        if is_input or not force:
+            raise BadInput(f"{path} is there already: --force replaces it, unless it is an input")
 
 
 def pair_samples(reference, samples):
     """The samples in the order of the reference images of the same names; both Statistics.
 
-    Where all names are numbers, 7 is 007. BadInput if the names do not match one to one.
+    BadInput if the names do not match one to one.
     """
     if reference.items is None or samples.items is None:
         raise BadInput("--paired wants images, not statistics")
@@ -1115,7 +1086,7 @@ def names_of(images):
 
 
 def mean_psnr(reference, samples, size):
-    """The mean PSNR of the pairs of images of two Statistics. size: see measure."""
+    """The mean PSNR of the pairs of images of two Statistics. size: see load_image."""
     values = []
     originals = read_images(reference.name, reference.items, size)
     copies = read_images(samples.name, samples.items, size)
@@ -1129,8 +1100,7 @@ def mean_psnr(reference, samples, size):
 def completed(known, parts, network, device, size):
     """Statistics, with what they lack of these parts measured, if there are images.
 
-    Means and covariances of a file come first, for they may be of more images. network() gives the
-    net; size: see measure.
+    Means and covariances of a file come first, for they may be of more images. network() -> net.
     """
     complete = all(getattr(known, part) is not None for part in parts)
     if complete or known.items is None:

@@ -339,12 +339,14 @@ def mixed5(c_in, c_pool):
     )
 
 
+HALVING = {"kernel": 3, "stride": 2, "padding": "valid"}
+
+
 def mixed6a():
     """35x35 -> 17x17."""
-    last = {"kernel": 3, "stride": 2, "padding": "valid"}
     return Mixed(
-        branch3x3=[ConvUnit(288, 384, **last)],
-        branch3x3dbl=[ConvUnit(288, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, **last)],
+        branch3x3=[ConvUnit(288, 384, **HALVING)],
+        branch3x3dbl=[ConvUnit(288, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, **HALVING)],
         branch_pool=[nn.MaxPool2d(3, stride=2)],
     )
 
@@ -369,14 +371,13 @@ def mixed6(c):
 
 def mixed7a():
     """17x17 -> 8x8."""
-    last = {"kernel": 3, "stride": 2, "padding": "valid"}
     return Mixed(
-        branch3x3=[ConvUnit(768, 192), ConvUnit(192, 320, **last)],
+        branch3x3=[ConvUnit(768, 192), ConvUnit(192, 320, **HALVING)],
         branch7x7x3=[
             ConvUnit(768, 192),
             ConvUnit(192, 192, (1, 7)),
             ConvUnit(192, 192, (7, 1)),
-            ConvUnit(192, 192, **last),
+            ConvUnit(192, 192, **HALVING),
         ],
         branch_pool=[nn.MaxPool2d(3, stride=2)],
     )
@@ -418,7 +419,7 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2, padding="valid")
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, **HALVING)
         self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3, padding="valid")
         self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80)
@@ -769,12 +770,11 @@ def note_on_fid(reference, samples):
     for each in (reference, samples):
         if each.n is not None and each.n < 2048:
             note(f"{each.name}: below 2,048 images FID and sFID are far too high; KID is not")
-    sizes = sorted((reference.sizes or set()) | (samples.sizes or set()))
+    sizes = (reference.sizes or set()) | (samples.sizes or set())
     if len(sizes) > 1:
-        some = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
         note(
-            f"images are of {len(sizes)} sizes ({some}{', ...' * (len(sizes) > 3)}), and FID sees "
-            "how they are resized: crop and shrink all alike (fid.py --size N)"
+            f"images are of {len(sizes)} sizes, and FID sees how they are resized: "
+            "crop and shrink all alike (fid.py --size N)"
         )
 
 
@@ -988,8 +988,8 @@ class Progress:
         self.shown = now
         each = (now - self.start) / max(done - self.first, 1)
         left = int(each * (self.total - done))
-        line = f"{self.what} {done}/{self.total}  {text}  {left // 60}:{left % 60:02d} left"
-        print(line, file=sys.stderr, flush=True)
+        line = f"{self.what} {done}/{self.total} {text} {left // 60}:{left % 60:02d} left"
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2340,6 +2340,9 @@ def test_fid_and_all_else_of_two_arrays(two_files, quick_net, run_command, tmp_p
     expected = precision_recall_by_loops(x, y, 3)
     assert expected[0] != expected[1]
     assert figures["precision"] + figures["recall"] == pytest.approx(expected, abs=1e-6)
+    quick_net.features.clear()
+    assert list(read_figures(run_command(fid, path_a, path_b, "--only", "is"))) == ["is"]
+    assert len(torch.cat(quick_net.features)) == 12  # the reference is not looked at
 
 
 @pytest.mark.usefixtures("quick_distance")

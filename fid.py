@@ -6,38 +6,29 @@
     python fid.py photos.npz OTHER                           # for fid and sfid, again
     python fid.py ORIGINALS RECONSTRUCTIONS --paired         # also the PSNR of the pairs
 
-    line              what it asks                          what fools it
-    fid V             do the features of both sets have     few images raise it; so do JPEG and
-                      one mean and one covariance?          another resizer; memorising lowers it
-    sfid V            the same of spatial features: is      as FID
-                      everything in its place?
-    kid MEAN STD      FID's question, without bias from     JPEG, another resizer, memorising; few
-                      few images                            images make it noisy
-    is MEAN STD       is each sample of one clear class,    one good image a class; it never sees
-                      and are there many classes?           the reference; few images lower it
-    precision V       how many samples look real?           the same real image, again and again
-    recall V          how much of the real is covered?      rare bad samples far out, whose balls
-                      (both of features)                    are wide; memorising lifts both
-    psnr V            how well is each pixel restored?      blur
+    line            what it asks
+    fid V           do the features of both sets have one mean and one covariance?
+    sfid V          the same of spatial features: is everything in its place?
+    kid MEAN STD    FID's question, without bias from few images
+    is MEAN STD     is each sample of one clear class, and are there many classes?
+    precision V     how many samples look real?
+    recall V        how much of the real is covered?
+    psnr V          how well is each pixel of a pair restored?
 
-Which to use: below some 10,000 images kid; fid and sfid beside numbers of the same N and the same
-reference; precision and recall at equal numbers of images. Images are stretched to 299x299 as they
-are: both sets must have been cropped and shrunk alike, or let --size do it.
+What fools each of them stands beside its formula, above its code. Which to use: below some 10,000
+images kid; fid and sfid beside numbers of the same N and the same reference; precision and recall
+at equal numbers of images. Images are stretched to 299x299 as they are: both sets must have been
+cropped and shrunk alike, or let --size do it.
 
 REFERENCE and SAMPLES are each a folder (all images below it), an .npz of images (first array uint8
 (N, H, W, 3)) or an .npz of statistics (mu and sigma, maybe mu_s and sigma_s, maybe beside images
 arr_0). Statistics of ADM's evaluator are of this protocol; those of pytorch-fid have the same form,
 but it resizes otherwise, so that they do not go with samples that are measured here. Pairs are
-files of the same name but for the suffix; where all names are numbers, 7 is 007.
+files of the same name but for the suffix, or, in an .npz, its numbers from 0 on; where all names
+are numbers, 7 is 007.
 
-This file needs torch, numpy and pillow, and no other file. Its sections:
-
-    1  the measures           frechet_distance, kernel_distance, inception_score,
-                              precision_recall, psnr
-    2  the network            InceptionV3, load_inception
-    3  reading an image       load_image, crop_and_resize
-    4  measuring two sets     measure, compare
-    5  the command            main; before it files and the terminal
+This file needs torch, numpy and pillow, and no other file. Its sections: the measures; the network;
+reading an image; measuring two sets; files and the terminal; the command.
 """
 
 import argparse
@@ -67,8 +58,10 @@ class BadInput(ValueError):
     """What the user gave cannot be used. The scripts print its one line and exit with status 2."""
 
 
-# What libraries raise when a file is not there or damaged, beside errors of their own
+# What libraries raise where a file is not there or damaged
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, TypeError, LookupError, MemoryError)
+BROKEN += (AttributeError, AssertionError, SyntaxError, struct.error, zlib.error)
+BROKEN += (zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError)
 
 # ================================================================================================
 # 1. The measures
@@ -106,14 +99,12 @@ BROKEN = (OSError, EOFError, ValueError, RuntimeError, TypeError, LookupError, M
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Means (d,) and covariances (d, d) of two sets -> float, at least 0."""
-    device = torch.device("cpu")
-    for each in (mu1, sigma1, mu2, sigma2):
-        if torch.is_tensor(each):
-            device = each.device  # arrays go where the tensors are
-    mu1 = torch.as_tensor(mu1, dtype=torch.float64, device=device)
-    mu2 = torch.as_tensor(mu2, dtype=torch.float64, device=device)
-    sigma1 = torch.as_tensor(sigma1, dtype=torch.float64, device=device)
-    sigma2 = torch.as_tensor(sigma2, dtype=torch.float64, device=device)
+    given = (mu1, sigma1, mu2, sigma2)
+    devices = [each.device for each in given if torch.is_tensor(each)]
+    device = devices[0] if devices else "cpu"  # arrays go where the tensors are
+    mu1, sigma1, mu2, sigma2 = [
+        torch.as_tensor(each, dtype=torch.float64, device=device) for each in given
+    ]
     values, vectors = torch.linalg.eigh(sigma1)
     # Few images span few directions. In the others there are eigenvalues of rounding alone, 1e-16,
     # whose roots, 1e-8, would add up.
@@ -121,7 +112,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r = vectors[:, spanned] * values[spanned].sqrt()  # R R^T = S_1
     cross = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp_min(0).sqrt().sum()
     shift = (mu1 - mu2).square().sum()
-    return max(0.0, (shift + sigma1.trace() + sigma2.trace() - 2 * cross).item())
+    return (shift + sigma1.trace() + sigma2.trace() - 2 * cross).clamp_min(0).item()
 
 
 # KID (Binkowski et al. 2018) is the squared maximum mean discrepancy between the two sets under a
@@ -157,9 +148,8 @@ def kernel_distance(features1, features2, subsets=100, size=1000, paired=False):
     features1 = torch.as_tensor(features1)
     features2 = torch.as_tensor(features2)
     rng = np.random.RandomState(2020)
-    progress = Progress("KID, subset", subsets)
     distances = []
-    for i in range(subsets):
+    for _ in range(subsets):
         chosen = rng.choice(n, size, replace=False)
         x = features1[chosen].double()
         y = features2[chosen if paired else rng.choice(m, size, replace=False)].double()
@@ -167,7 +157,6 @@ def kernel_distance(features1, features2, subsets=100, size=1000, paired=False):
         across = cubic_kernel(x, y)
         across = mean_of_pairs(across) if paired else across.mean()
         distances.append(within - 2 * across)
-        progress.update(i + 1)
     distances = torch.stack(distances)
     deviation = distances.std(correction=0).item() if size < max(n, m) else float("nan")
     return distances.mean().item(), deviation
@@ -189,32 +178,27 @@ def mean_of_pairs(kernel):
 #     IS = exp(mean over x of KL(p(y|x) || p(y))),     p(y) = mean over x of p(y|x)
 #
 # Logits leave out the bias, as in ADM's evaluator and torch-fidelity. These two split the images
-# differently: torch-fidelity shuffles and makes 10 parts, as we do, ADM's takes each 5,000 in file
-# order. Published tables hold ADM's: of 50,000 images in random order the two agree but for chance,
-# in a file sorted by class ADM's is lower, since its parts show few kinds. What fools it: one
-# perfect image for each class scores as well as a thousand; so do copies of the training set. And
-# it grows with N: a part of n images shows n kinds at most.
+# differently: torch-fidelity shuffles them and makes 10 parts, as we do; ADM's is the mean of
+# inception_score(part, splits=1) over parts of 5,000 in file order. Published tables hold ADM's: of
+# 50,000 images in random order the two agree but for chance, in a file sorted by class ADM's is
+# lower, since its parts show few kinds. What fools it: one perfect image for each class scores as
+# well as a thousand; so do copies of the training set, for it never sees the reference. And it
+# grows with N: a part of n images shows n kinds at most.
 
 
-def inception_score(logits, splits=10, split_size=None):
-    """Logits (N, 1008) -> mean and standard deviation over the splits.
+def inception_score(logits, splits=10):
+    """Logits (N, 1008) -> mean and standard deviation over the splits, shuffled by a fixed seed.
 
-    The splits are shuffled, with torch-fidelity's seed; fewer than `splits` images make one split
-    each, with a note. Given a split_size, they are that many images each, in order, as ADM's
-    evaluator makes them of 5,000. BadInput if there is no image.
+    Fewer than `splits` images make one split each, with a note. BadInput if there is no image.
     """
     n = len(logits)
     if n == 0:
         raise BadInput("the Inception Score takes at least 1 image")
-    if split_size:
-        order = np.arange(n)
-        bounds = range(split_size, n, split_size)
-    else:
-        if n < splits:
-            note(f"the Inception Score has {n} splits, not {splits}: there are {n} images")
-            splits = n
-        order = np.random.RandomState(2020).permutation(n)
-        bounds = [i * n // splits for i in range(1, splits)]
+    if n < splits:
+        note(f"the Inception Score has {n} splits, not {splits}: there are {n} images")
+        splits = n
+    order = np.random.RandomState(2020).permutation(n)
+    bounds = [i * n // splits for i in range(1, splits)]
     logits = torch.as_tensor(logits)
     scores = []
     for index in np.split(order, bounds):
@@ -247,17 +231,16 @@ def precision_recall(reference, samples, k=3):
         raise BadInput(f"precision and recall take more than {k} images a set, not {n} and {m}")
     reference = torch.as_tensor(reference).double()
     samples = torch.as_tensor(samples).double()
-    reference_radii = squared_radii(reference, k)
-    samples_radii = squared_radii(samples, k)
-    recalled = []
-    precise = torch.zeros(m, dtype=torch.bool, device=samples.device)
-    progress = Progress("precision and recall", n)
-    for rows in torch.arange(n).split(ROWS):
-        squared = squared_distances(reference[rows], samples)
-        precise |= (squared <= reference_radii[rows, None]).any(0)
-        recalled.append((squared <= samples_radii).any(1))
-        progress.update(rows[-1].item() + 1)
-    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+    return share_inside(samples, reference, k), share_inside(reference, samples, k)
+
+
+def share_inside(points, centres, k):
+    """The share of points (n, d) inside the manifold of centres (m, d)."""
+    radii = squared_radii(centres, k)
+    inside = []
+    for some in points.split(ROWS):
+        inside.append((squared_distances(some, centres) <= radii).any(1))
+    return torch.cat(inside).double().mean().item()
 
 
 def squared_radii(features, k):
@@ -307,7 +290,7 @@ def psnr(x, y):
 class ConvUnit(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, padding=0):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
@@ -321,89 +304,83 @@ def average_pool(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class Mixed5(nn.Module):
+class Mixed(nn.Module):
+    """Chains of layers side by side; their outputs are concatenated.
+
+    chains: {name: list of ConvUnits and pools}. A chain's ConvUnits are called name_1, name_2, ...;
+    a single one bears the chain's name.
+    """
+
+    def __init__(self, **chains):
+        super().__init__()
+        self.chains = list(chains.values())
+        for name, layers in chains.items():
+            units = [layer for layer in layers if isinstance(layer, ConvUnit)]
+            for i, unit in enumerate(units):
+                self.add_module(name if len(units) == 1 else f"{name}_{i + 1}", unit)
+
+    def forward(self, x):
+        outputs = []
+        for layers in self.chains:
+            y = x
+            for layer in layers:
+                y = layer(y)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+
+def mixed5(c_in, c_pool):
     """Mixed_5b, 5c, 5d: 35x35."""
-
-    def __init__(self, c_in, c_pool):
-        super().__init__()
-        self.branch1x1 = ConvUnit(c_in, 64)
-        self.branch5x5_1 = ConvUnit(c_in, 48)
-        self.branch5x5_2 = ConvUnit(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvUnit(c_in, 64)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, padding=1)
-        self.branch_pool = ConvUnit(c_in, c_pool)
-
-    def forward(self, x):
-        a = self.branch1x1(x)
-        b = self.branch5x5_2(self.branch5x5_1(x))
-        c = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        d = self.branch_pool(average_pool(x))
-        return torch.cat([a, b, c, d], dim=1)
+    return Mixed(
+        branch1x1=[ConvUnit(c_in, 64)],
+        branch5x5=[ConvUnit(c_in, 48), ConvUnit(48, 64, 5)],
+        branch3x3dbl=[ConvUnit(c_in, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, 3)],
+        branch_pool=[average_pool, ConvUnit(c_in, c_pool)],
+    )
 
 
-class Mixed6a(nn.Module):
+HALVING = {"kernel": 3, "stride": 2, "padding": "valid"}
+
+
+def mixed6a():
     """35x35 -> 17x17."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3 = ConvUnit(288, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvUnit(288, 64)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        a = self.branch3x3(x)
-        b = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        c = F.max_pool2d(x, 3, stride=2)
-        return torch.cat([a, b, c], dim=1)
+    return Mixed(
+        branch3x3=[ConvUnit(288, 384, **HALVING)],
+        branch3x3dbl=[ConvUnit(288, 64), ConvUnit(64, 96, 3), ConvUnit(96, 96, **HALVING)],
+        branch_pool=[nn.MaxPool2d(3, stride=2)],
+    )
 
 
-class Mixed6(nn.Module):
+def mixed6(c):
     """Mixed_6b to 6e: 17x17. The 7x7 convolutions are pairs of 1x7 and 7x1."""
-
-    def __init__(self, c):
-        super().__init__()
-        row = {"kernel": (1, 7), "padding": (0, 3)}
-        column = {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = ConvUnit(768, 192)
-        self.branch7x7_1 = ConvUnit(768, c)
-        self.branch7x7_2 = ConvUnit(c, c, **row)
-        self.branch7x7_3 = ConvUnit(c, 192, **column)
-        self.branch7x7dbl_1 = ConvUnit(768, c)
-        self.branch7x7dbl_2 = ConvUnit(c, c, **column)
-        self.branch7x7dbl_3 = ConvUnit(c, c, **row)
-        self.branch7x7dbl_4 = ConvUnit(c, c, **column)
-        self.branch7x7dbl_5 = ConvUnit(c, 192, **row)
-        self.branch_pool = ConvUnit(768, 192)
-
-    def forward(self, x):
-        a = self.branch1x1(x)
-        b = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        c = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        c = self.branch7x7dbl_5(self.branch7x7dbl_4(c))
-        d = self.branch_pool(average_pool(x))
-        return torch.cat([a, b, c, d], dim=1)
+    row = (1, 7)
+    column = (7, 1)
+    return Mixed(
+        branch1x1=[ConvUnit(768, 192)],
+        branch7x7=[ConvUnit(768, c), ConvUnit(c, c, row), ConvUnit(c, 192, column)],
+        branch7x7dbl=[
+            ConvUnit(768, c),
+            ConvUnit(c, c, column),
+            ConvUnit(c, c, row),
+            ConvUnit(c, c, column),
+            ConvUnit(c, 192, row),
+        ],
+        branch_pool=[average_pool, ConvUnit(768, 192)],
+    )
 
 
-class Mixed7a(nn.Module):
+def mixed7a():
     """17x17 -> 8x8."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = ConvUnit(768, 192)
-        self.branch3x3_2 = ConvUnit(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvUnit(768, 192)
-        self.branch7x7x3_2 = ConvUnit(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = ConvUnit(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = ConvUnit(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        a = self.branch3x3_2(self.branch3x3_1(x))
-        b = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        b = self.branch7x7x3_4(self.branch7x7x3_3(b))
-        c = F.max_pool2d(x, 3, stride=2)
-        return torch.cat([a, b, c], dim=1)
+    return Mixed(
+        branch3x3=[ConvUnit(768, 192), ConvUnit(192, 320, **HALVING)],
+        branch7x7x3=[
+            ConvUnit(768, 192),
+            ConvUnit(192, 192, (1, 7)),
+            ConvUnit(192, 192, (7, 1)),
+            ConvUnit(192, 192, **HALVING),
+        ],
+        branch_pool=[nn.MaxPool2d(3, stride=2)],
+    )
 
 
 class Mixed7(nn.Module):
@@ -412,16 +389,14 @@ class Mixed7(nn.Module):
     def __init__(self, c_in, pool):
         super().__init__()
         self.pool = pool
-        row = {"kernel": (1, 3), "padding": (0, 1)}
-        column = {"kernel": (3, 1), "padding": (1, 0)}
         self.branch1x1 = ConvUnit(c_in, 320)
         self.branch3x3_1 = ConvUnit(c_in, 384)
-        self.branch3x3_2a = ConvUnit(384, 384, **row)
-        self.branch3x3_2b = ConvUnit(384, 384, **column)
+        self.branch3x3_2a = ConvUnit(384, 384, (1, 3))
+        self.branch3x3_2b = ConvUnit(384, 384, (3, 1))
         self.branch3x3dbl_1 = ConvUnit(c_in, 448)
-        self.branch3x3dbl_2 = ConvUnit(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = ConvUnit(384, 384, **row)
-        self.branch3x3dbl_3b = ConvUnit(384, 384, **column)
+        self.branch3x3dbl_2 = ConvUnit(448, 384, 3)
+        self.branch3x3dbl_3a = ConvUnit(384, 384, (1, 3))
+        self.branch3x3dbl_3b = ConvUnit(384, 384, (3, 1))
         self.branch_pool = ConvUnit(c_in, 192)
 
     def forward(self, x):
@@ -434,11 +409,6 @@ class Mixed7(nn.Module):
         return torch.cat([a, *b, *c, d], dim=1)
 
 
-def max_pool(x):
-    """3x3, of the same size."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 class InceptionV3(nn.Module):
     """uint8 (B, 3, H, W) -> features (B, 2048), logits without bias (B, 1008), spatial (B, 2023).
 
@@ -449,61 +419,55 @@ class InceptionV3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding=1)
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, **HALVING)
+        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80)
-        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
-        self.Mixed_5b = Mixed5(192, 32)
-        self.Mixed_5c = Mixed5(256, 64)
-        self.Mixed_5d = Mixed5(288, 64)
-        self.Mixed_6a = Mixed6a()
-        self.Mixed_6b = Mixed6(128)
-        self.Mixed_6c = Mixed6(160)
-        self.Mixed_6d = Mixed6(160)
-        self.Mixed_6e = Mixed6(192)
-        self.Mixed_7a = Mixed7a()
+        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, padding="valid")
+        self.Mixed_5b = mixed5(192, 32)
+        self.Mixed_5c = mixed5(256, 64)
+        self.Mixed_5d = mixed5(288, 64)
+        self.Mixed_6a = mixed6a()
+        self.Mixed_6b = mixed6(128)
+        self.Mixed_6c = mixed6(160)
+        self.Mixed_6d = mixed6(160)
+        self.Mixed_6e = mixed6(192)
+        self.Mixed_7a = mixed7a()
         self.Mixed_7b = Mixed7(1280, average_pool)
-        self.Mixed_7c = Mixed7(2048, max_pool)
+        self.Mixed_7c = Mixed7(2048, nn.MaxPool2d(3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
         self.eval()
         self.requires_grad_(False)
 
     def forward(self, images):
         with full_float32(images.device):
-            return self.forward_float32(images)
-
-    def forward_float32(self, images):
-        x = (resize_to_299(images) - 128) / 128
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
-        x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
-        x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
-        x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
-        x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
-        x = self.Mixed_5b(x)  # (B, 256, 35, 35)
-        x = self.Mixed_5c(x)  # (B, 288, 35, 35)
-        x = self.Mixed_5d(x)  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
-        x = self.Mixed_6b(x)
-        x = self.Mixed_6c(x)
-        x = self.Mixed_6d(x)
-        spatial = x[:, :7]  # of branch1x1, which comes first in the concatenation
-        x = self.Mixed_6e(x)
-        x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
-        x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
-        x = self.Mixed_7c(x)
-        features = x.mean((2, 3))  # (B, 2048)
-        logits = F.linear(features, self.fc.weight) if self.fc else None
-        return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
+            x = (resize_to_299(images) - 128) / 128
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = self.Conv2d_1a_3x3(x)  # (B, 32, 149, 149)
+            x = self.Conv2d_2a_3x3(x)  # (B, 32, 147, 147)
+            x = self.Conv2d_2b_3x3(x)  # (B, 64, 147, 147)
+            x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
+            x = self.Conv2d_3b_1x1(x)  # (B, 80, 73, 73)
+            x = self.Conv2d_4a_3x3(x)  # (B, 192, 71, 71)
+            x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+            x = self.Mixed_5b(x)  # (B, 256, 35, 35)
+            x = self.Mixed_5c(x)  # (B, 288, 35, 35)
+            x = self.Mixed_5d(x)  # (B, 288, 35, 35)
+            x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+            x = self.Mixed_6b(x)
+            x = self.Mixed_6c(x)
+            x = self.Mixed_6d(x)
+            spatial = x[:, :7]  # of branch1x1, which comes first in the concatenation
+            x = self.Mixed_6e(x)
+            x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
+            x = self.Mixed_7b(x)  # (B, 2048, 8, 8)
+            x = self.Mixed_7c(x)
+            features = x.mean((2, 3))  # (B, 2048)
+            logits = F.linear(features, self.fc.weight) if self.fc else None
+            return features, logits, spatial.permute(0, 2, 3, 1).flatten(1)
 
     def fold(self):
-        """Merge every batch norm into its convolution: the same function, faster.
-
-        The state-dict names are lost.
-        """
+        """Merge every batch norm into its convolution: the same function, faster."""
         for unit in [m for m in self.modules() if isinstance(m, ConvUnit)]:
             unit.conv = nn.utils.fusion.fuse_conv_bn_eval(unit.conv, unit.bn)
             unit.bn = nn.Identity()
@@ -572,20 +536,15 @@ INCEPTION = Published(
 def load_inception(file, device):
     """The published network, or the one in `file`, ready to measure; its batch norms folded.
 
-    A file without fc.weight and fc.bias gives a network without classifier, for all but the
-    Inception Score. BadInput if the file is not such a network.
+    A file without its classifier, fc, serves for all but the Inception Score. BadInput if the file
+    is not such a network.
     """
     net = InceptionV3()
-    path = fetch(INCEPTION) if file is None else Path(file)
+    path = fetch(INCEPTION) if file is None else file
     saved = load_checkpoint(path)
-    if isinstance(saved, dict) and not {"fc.weight", "fc.bias"} & saved.keys():
+    if "fc.weight" not in saved:
         net.fc = None
     load_states(path, {"": net}, {"": saved})
-    if file is not None and sha256(path) != INCEPTION.sha256:
-        note(
-            f"{path} is not the published file: "
-            "its figures compare with others' only if it holds the same network"
-        )
     return net.fold().to(device)
 
 
@@ -597,10 +556,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".t
 IMAGE_SUFFIXES += (".ppm", ".pgm", ".pnm", ".avif", ".jp2", ".j2k")
 
 # Pillow goes by a file's content, not by its name, and hands some formats, as EPS, to another
-# program: these it may read. (AVIF it knows from version 11.3 on.)
+# program: these it may read.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-Image.init()
-FORMATS = [name for name in FORMATS if name in Image.OPEN]
 
 
 def load_image(item, size=None, crop=None):
@@ -609,37 +566,32 @@ def load_image(item, size=None, crop=None):
     If size is given: a square of it, size x size; see crop_and_resize. Of a moving picture the
     first frame; transparency is ignored. BadInput if it cannot be read.
     """
-    try:
-        if isinstance(item, np.ndarray):
-            picture = Image.fromarray(item)
-        else:
+    if isinstance(item, np.ndarray):
+        picture = Image.fromarray(item)
+    else:
+        try:
             with Image.open(item, formats=FORMATS) as file:
                 picture = to_rgb(ImageOps.exif_transpose(file))
-        if crop is not None or size is not None and picture.size != (size, size):
-            picture = crop_and_resize(picture, size, crop)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    except (*BROKEN, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        name = "an array" if isinstance(item, np.ndarray) else item
-        raise BadInput(f"cannot read {name}: {one_line(error)}") from None
+        except BROKEN as error:
+            raise BadInput(f"cannot read {item}: {one_line(error)}") from None
+    if crop is not None or size is not None and picture.size != (size, size):
+        picture = crop_and_resize(picture, size, crop)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_rgb(picture):
     """Any PIL picture -> RGB, 8 bits. ValueError if its numbers have no clear meaning.
 
-    Pillow alone would clip 16 bits to 255, and floats to whole numbers. Greys of 16 bits have mode
-    I in Pillow before 10.3 (and in .pgm), I;16 since.
+    Pillow alone would clip greys of 16 bits to 255, and floats to whole numbers.
     """
-    if picture.mode == "F":
+    if picture.mode == "F" or picture.mode.startswith("I"):
         values = np.asarray(picture)
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"its floats are {values.min()} to {values.max()}, not 0 to 1")
-        picture = Image.fromarray((255 * values).round().astype(np.uint8))
-    elif picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its numbers are {values.min()} to {values.max()}, not of 16 bits")
-        # the high byte, as Pillow takes it of 16-bit colours
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
+        largest = 1 if picture.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= largest):  # nor NaN
+            raise ValueError(f"it holds {values.min()} to {values.max()}, not 0 to {largest}")
+        # of 16 bits the high byte, as Pillow takes it of 16-bit colours
+        values = (255 * values).round() if picture.mode == "F" else values >> 8
+        picture = Image.fromarray(values.astype(np.uint8))
     return picture.convert("RGB")
 
 
@@ -654,13 +606,11 @@ def crop_and_resize(picture, size, crop=None):
     """
     share = 1.0 if crop is None else crop[0]
     short = round(size / share)  # of the shrunk picture; `size` is a share `share` of it
+    # The middle of a line of pixels alone: enlarged as a whole it would take gigabytes.
+    longest = 16 * min(picture.size)
+    margins = [max(0, side - longest) // 2 for side in picture.size]
+    picture = ImageOps.crop(picture, tuple(margins))
     width, height = picture.size
-    if max(width, height) > 16 * min(width, height):
-        # its middle alone: a line of pixels, enlarged as a whole, would take gigabytes
-        sides = max(0, width - 16 * height) // 2
-        ends = max(0, height - 16 * width) // 2
-        picture = ImageOps.crop(picture, (sides, ends))
-        width, height = picture.size
     while min(width, height) >= 2 * short:
         width //= 2
         height //= 2
@@ -694,8 +644,9 @@ def crop_and_resize(picture, size, crop=None):
 #   pooled, spatial   mean (d,) and covariance (d, d), float64, of the features and spatial features
 #   n, sizes          of how many images these are, and of which heights and widths
 #   features, logits  float32 (N, 2048) and (N, 1008), of each image
-FIELDS = "name items pooled spatial n sizes features logits"
-Statistics = namedtuple("Statistics", FIELDS, defaults=[None] * 7)
+Statistics = namedtuple(
+    "Statistics", "name items pooled spatial n sizes features logits", defaults=[None] * 7
+)
 
 # measure, in the order of the output: the part of the Statistics that it takes, of both sets (the
 # Inception Score: of the samples alone)
@@ -710,7 +661,7 @@ TAKES = {
 
 
 class RunningMoments:
-    """Sums that give mean and covariance of vectors that come in batches (B, d)."""
+    """Mean and covariance of vectors that come in batches (B, d)."""
 
     def __init__(self, d, device):
         self.total = torch.zeros(d, dtype=torch.float64, device=device)
@@ -728,10 +679,7 @@ class RunningMoments:
 
 
 def read_images(name, items, size=None):
-    """Yield uint8 (3, H, W) for each of items, files or arrays (H, W, 3); some read in parallel.
-
-    size: see load_image. BadInput at the first that cannot be read.
-    """
+    """Yield load_image(item, size) for each of items, in order; some are read in parallel."""
     progress = Progress(f"reading {name}", len(items))
     load = functools.partial(load_image, size=size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -745,9 +693,8 @@ def read_images(name, items, size=None):
 def measure(name, items, net, device, keep=(), size=None):
     """Images (files, or an array uint8 (N, H, W, 3)) -> Statistics, on the device.
 
-    Of "features" and "logits" those named in `keep` are kept for each image, else None. If size is
-    given, each image is first cropped and shrunk to size x size. `name` is for messages. BadInput
-    if an image cannot be read or fewer than 2 are there.
+    Of "features" and "logits" those named in `keep` are kept for each image. size: see load_image.
+    `name` is for messages. BadInput if an image cannot be read or fewer than 2 are there.
     """
     n = len(items)
     if n < 2:
@@ -755,9 +702,7 @@ def measure(name, items, net, device, keep=(), size=None):
     # Small batches stay in a CPU's caches: 10 are a fifth faster than 50.
     batch_size = 10 if device.type == "cpu" else 100
 
-    # A new batch after every batch_size images, and wherever the shape changes: only equal shapes
-    # can be stacked.
-    def batch_and_shape(numbered_image):
+    def batch_and_shape(numbered_image):  # for only equal shapes can be stacked
         i, image = numbered_image
         return i // batch_size, image.shape
 
@@ -777,29 +722,19 @@ def measure(name, items, net, device, keep=(), size=None):
             features.append(batch_features)
         if "logits" in keep and batch_logits is not None:
             logits.append(batch_logits)
-    return Statistics(
-        name,
-        items,
-        pooled.moments(n),
-        spatial.moments(n),
-        n,
-        sizes,
-        torch.cat(features) if features else None,
-        torch.cat(logits) if logits else None,
-    )
+    kept = [torch.cat(batches) if batches else None for batches in (features, logits)]
+    return Statistics(name, items, pooled.moments(n), spatial.moments(n), n, sizes, *kept)
 
 
-def compare(reference, samples, wanted, *, paired=False, split_size=None):
+def compare(reference, samples, wanted, paired=False):
     """Statistics of two sets -> {measure: its value, or (mean, deviation)}, those of `wanted`.
 
-    split_size: see inception_score; paired: see kernel_distance. Notes say what cannot be had, and
-    what may fool a FID.
+    paired: see kernel_distance. Notes say what cannot be had, and what may fool a FID.
     """
     possible = [name for name in wanted if can_be_had(name, reference, samples)]
-    left_out = [name for name in wanted if name not in possible]
-    if left_out:
-        reason = "for want of images or of the network's classifier"
-        note(f"left out: {', '.join(left_out)}, {reason}")
+    if len(possible) < len(wanted):
+        left_out = [name for name in wanted if name not in possible]
+        note(f"left out, for want of images or of a classifier: {', '.join(left_out)}")
     figures = {}
     if "fid" in possible:
         figures["fid"] = frechet_distance(*reference.pooled, *samples.pooled)
@@ -810,15 +745,14 @@ def compare(reference, samples, wanted, *, paired=False, split_size=None):
     if "kid" in possible:
         figures["kid"] = kernel_distance(reference.features, samples.features, paired=paired)
     if "is" in possible:
-        figures["is"] = inception_score(samples.logits, split_size=split_size)
+        figures["is"] = inception_score(samples.logits)
     if "precision" in possible or "recall" in possible:
         of_reference = reference.features
         if len(of_reference) > 10000:  # as many as in ADM's files
             note(f"precision and recall take 10,000 of the {len(of_reference):,} reference images")
             of_reference = of_reference[evenly_spaced(len(of_reference), 10000)]
-        precision, recall = precision_recall(of_reference, samples.features)
-        figures["precision"] = precision
-        figures["recall"] = recall
+        both = precision_recall(of_reference, samples.features)
+        figures |= zip(("precision", "recall"), both)
     return {name: value for name, value in figures.items() if name in wanted}
 
 
@@ -835,24 +769,19 @@ def note_on_fid(reference, samples):
     """Notes where the images of two Statistics are too few for FID and sFID, or of many sizes."""
     for each in (reference, samples):
         if each.n is not None and each.n < 2048:
-            note(
-                f"{each.name}: below 2,048 images FID and sFID are biased upward, badly; KID is not"
-            )
-    sizes = sorted((reference.sizes or set()) | (samples.sizes or set()))
+            note(f"{each.name}: below 2,048 images FID and sFID are far too high; KID is not")
+    sizes = (reference.sizes or set()) | (samples.sizes or set())
     if len(sizes) > 1:
-        some = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        more = ", ..." if len(sizes) > 3 else ""
         note(
-            f"images are of {len(sizes)} sizes ({some}{more}), and FID sees how they are resized: "
+            f"images are of {len(sizes)} sizes, and FID sees how they are resized: "
             "crop and shrink all alike (fid.py --size N)"
         )
 
 
 def read_set(spec):
-    """What a command line names -> Statistics, as far as they are known; a note counts the images.
+    """What a command line names -> Statistics, as far as known; a note counts the images.
 
-    An .npz may hold statistics, images or both. If both, its statistics are believed to be those
-    of more images, as in ADM's reference files.
+    An .npz may hold statistics, images or both, as ADM's reference files do.
     """
     if not spec:
         raise BadInput("a path is empty: is a variable of the shell not set?")
@@ -864,34 +793,21 @@ def read_set(spec):
         items = list_folder(path)
     elif path.suffix == ".npz" and path.is_file():
         arrays = read_arrays(path)
-        if "mu" in arrays and "sigma" in arrays:
-            pooled = read_moments(spec, arrays, "mu", "sigma", 2048)
-        if pooled and "mu_s" in arrays and "sigma_s" in arrays:
-            spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
+        pooled = read_moments(spec, arrays, "mu", "sigma", 2048)
+        spatial = read_moments(spec, arrays, "mu_s", "sigma_s", 2023)
         if not pooled or "arr_0" in arrays:
             items = first_array(spec, arrays)
+            note(f"{spec}: {len(items):,} images")
     else:
         raise BadInput(f"no data at {spec!r}: want a folder of images or an .npz file")
-    if items is not None:
-        note(f"{spec}: {len(items):,} images")
     return Statistics(spec, items, pooled, spatial)
 
 
 def list_folder(path):
-    """The image files below a folder, sorted. BadInput if there are none.
-
-    Hidden files are left out; a note counts and names the others that are no images.
-    """
-    images = []
-    others = []
-    for file in files_below(path, set()):
-        if file.name.lower().endswith(IMAGE_SUFFIXES):
-            images.append(file)
-        else:
-            others.append(str(file.relative_to(path)))
-    if others:
-        some = ", ".join(others[:3] + ["..."] * (len(others) > 3))
-        note(f"{path}: {len(others):,} files are not named as images and passed over: {some}")
+    """The image files below a folder. A note counts them; BadInput if there are none."""
+    files = list(files_below(path, set()))
+    images = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    note(f"{path}: {len(images):,} images, {len(files) - len(images):,} other files")
     if not images:
         raise BadInput(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}")
     return images
@@ -928,42 +844,39 @@ def first_array(spec, arrays):
 
 
 def read_moments(spec, arrays, mu_name, sigma_name, d):
-    """Two of a file's arrays -> mean and covariance, float64. BadInput if they are none."""
-    mu = arrays[mu_name]
-    sigma = arrays[sigma_name]
-    numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
-    if not numbers or mu.shape != (d,) or sigma.shape != (d, d):
+    """Mean and covariance, float64, or None if a file's arrays lack them. BadInput if unusable."""
+    if mu_name not in arrays or sigma_name not in arrays:
+        return None
+    mu = arrays[mu_name].astype(np.float64)
+    sigma = arrays[sigma_name].astype(np.float64)
+    if mu.shape != (d,) or sigma.shape != (d, d):
         raise BadInput(
-            f"{spec}: want numbers {mu_name} ({d},) and {sigma_name} ({d}, {d}), "
-            f"and it has {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+            f"{spec}: {mu_name} must be ({d},) and {sigma_name} ({d}, {d}), "
+            f"and they are {mu.shape} and {sigma.shape}"
         )
-    mu = mu.astype(np.float64)
-    sigma = sigma.astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise BadInput(f"{spec}: {mu_name} or {sigma_name} holds NaN or infinity")
     # What is below a thousandth of the largest variance may be the rounding of whoever saved it.
     tolerance = 1e-3 * abs(sigma).max() + 1e-30
-    if abs(sigma - sigma.T).max() > tolerance:
-        raise BadInput(f"{spec}: {sigma_name} is no covariance, for it is not symmetric")
+    symmetric = abs(sigma - sigma.T).max() <= tolerance
     # S + t I has a Cholesky factor just if no eigenvalue of S is below -t.
     shifted = torch.from_numpy(sigma + tolerance * np.eye(d))
-    if torch.linalg.cholesky_ex(shifted).info != 0:
-        raise BadInput(f"{spec}: {sigma_name} is no covariance, for it has negative eigenvalues")
+    if not symmetric or torch.linalg.cholesky_ex(shifted).info != 0:
+        raise BadInput(f"{spec}: {sigma_name} is not symmetric, or has negative eigenvalues")
     return mu, sigma
 
 
 # ================================================================================================
-# 5. The command
+# 5. Files and the terminal
 # ================================================================================================
-# First what any script needs for files and the terminal; then the command line and main.
 
 
 def write_atomically(path, save):
     """save(file) to a temporary neighbour of path, sync, rename: complete or absent."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
@@ -971,13 +884,9 @@ def write_atomically(path, save):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save turns the error of a full disk into a RuntimeError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise BadInput(f"cannot write {path}: {cause.strerror or cause}") from None
+        raise BadInput(f"cannot write {path}: {one_line(error.__context__ or error)}") from None
     finally:
-        with contextlib.suppress(OSError):  # its folder could not be made
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(path):
@@ -986,31 +895,27 @@ def sha256(path):
 
 
 def cache_path(name, folder=None):
-    """Where the published file `name` is, or would be: in folder, or in torch's cache."""
+    """Where a published file is, or would be: in folder, or in torch's cache."""
     return Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
 
 
 def fetch(published, folder=None):
-    """Path of a Published file, downloaded if need be, its SHA-256 checked every time."""
+    """Path of a Published file, downloaded if need be; its SHA-256 is checked every time."""
     path = cache_path(published.name, folder)
     source = published.base_url + published.name
     digest = published.sha256
-    if path.exists():
-        if sha256(path) != digest:
-            raise BadInput(
-                f"{path} is not the published file (its SHA-256 should be {digest}): "
-                "delete it to download it again"
-            )
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # to a temporary file, checked, then renamed
-        torch.hub.download_url_to_file(source, str(path), digest)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # to a temporary file, checked, then renamed
+            torch.hub.download_url_to_file(source, str(path), digest)
     except (OSError, RuntimeError) as error:  # no network; another SHA-256
         raise BadInput(
             f"cannot download {published.name} ({error}): fetch {source} elsewhere and put it at "
             f"{path}; SHA-256 {digest}"
         ) from None
+    if sha256(path) != digest:
+        raise BadInput(f"{path} is not the published file, SHA-256 {digest}: delete it to fetch it")
     return path
 
 
@@ -1019,58 +924,43 @@ def read_arrays(path):
     try:
         file = np.load(path, allow_pickle=False)
         return {"array": file} if isinstance(file, np.ndarray) else dict(file)
-    except (*BROKEN, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise BadInput(f"cannot read {path}: {error}") from None
 
 
 def load_checkpoint(path, device="cpu"):
-    """A file of a dict of tensors and plain values. Code in it is never run."""
+    """A file of a dictionary of tensors and plain values. Code in it is never run."""
     try:
-        return dict(torch.load(path, map_location=device, weights_only=True))
-    except (
-        *BROKEN,
-        AttributeError,
-        AssertionError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error) or "damaged"
-        raise BadInput(f"cannot read {path}: {reason.splitlines()[0]}") from None
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except BROKEN as error:
+        raise BadInput(f"cannot read {path}: {one_line(error)[:200] or 'damaged'}") from None
+    if not isinstance(saved, dict):
+        raise BadInput(f"{path} holds a {type(saved).__name__}, not a dictionary")
+    return saved
 
 
 def load_weights(path, net):
     """Load a file that holds the state of net alone."""
-    # as a checkpoint of one part, without a name: messages then name the tensors as the file does
     load_states(path, {"": net}, {"": load_checkpoint(path)})
 
 
 def load_states(path, parts, saved):
     """Load a checkpoint's states, saved[name], into parts[name], modules or optimizers.
 
-    BadInput if they do not fit, or hold NaN or infinity.
+    BadInput if they do not fit, or a module's hold NaN or infinity.
     """
-    try:
-        if not isinstance(saved, dict):
-            raise TypeError(f"a {type(saved).__name__}, not a dictionary")
-        for name, part in parts.items():
+    for name, part in parts.items():
+        try:
             part.load_state_dict(saved[name])
-    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = one_line(error)[:200]
-        raise BadInput(
-            f"{path} holds other weights than this network, with these settings, has: {reason}"
-        ) from None
-    for name, tensor in named_tensors(saved):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadInput(f"{path} is of no use: NaN or infinity in {name}")
-
-
-def named_tensors(value, name=""):
-    """Yield (dotted name, tensor) for all tensors in nested dictionaries."""
-    if torch.is_tensor(value):
-        yield name, value
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
+        except BROKEN as error:
+            raise BadInput(
+                f"{path} holds other weights than this network, with these settings, has: "
+                f"{one_line(error)[:200]}"
+            ) from None
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise BadInput(f"{path} is of no use: NaN or infinity in {name} {key}")
 
 
 def one_line(error):
@@ -1082,39 +972,28 @@ def note(message):
 
 
 class Progress:
-    """A line on standard error that says how far, and how long it will still take.
-
-    On a terminal it overwrites itself; elsewhere a plain line comes every ten seconds at most.
-    """
+    """Every five seconds a line on standard error: how far, and how long it will still take."""
 
     def __init__(self, what, total, first=0):
         self.what = what
         self.total = total
         self.first = first
         self.start = time.monotonic()
-        self.shown = self.start  # when it was last shown
+        self.shown = self.start  # when the last line came
 
     def update(self, done, text=""):
         now = time.monotonic()
-        terminal = sys.stderr.isatty()
-        finished = done >= self.total
-        pause = 0.2 if terminal else 10
-        if not finished and now - self.shown < pause:
+        if done < self.total and now - self.shown < 5:
             return
         self.shown = now
         each = (now - self.start) / max(done - self.first, 1)
         left = int(each * (self.total - done))
-        text = f"{text}  " if text else ""
-        line = f"{self.what} {done}/{self.total}  {text}{left // 60}:{left % 60:02d} left"
-        if terminal:
-            end = "\n" if finished else ""
-            print(f"\r{line}\033[K", end=end, file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        line = f"{self.what} {done}/{self.total} {text} {left // 60}:{left % 60:02d} left"
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are BadInput, of one line."""
+    """An argument parser whose errors are BadInput."""
 
     def __init__(self, about, **options):
         raw = argparse.RawDescriptionHelpFormatter
@@ -1125,22 +1004,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """main(). What the user can mend becomes one line on standard error, and status 2.
+    """main(), where errors that the user can mend become one line and status 2. Ctrl-C: status 130.
 
-    That is BadInput; OSError, since disks are the user's too; and a GPU's lack of memory. Ctrl-C is
-    status 130.
+    OSErrors are such errors, since disks are the user's, too.
     """
     try:
         main()
     except (BadInput, OSError, torch.cuda.OutOfMemoryError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            error = "the GPU has too little memory"
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)  # over an unfinished progress line
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ================================================================================================
+# 6. The command
+# ================================================================================================
 
 
 def parse_arguments():
@@ -1154,35 +1033,31 @@ def parse_arguments():
     add("--save-stats", metavar="FILE.npz", help="write the reference's statistics")
     add("--force", action="store_true", help="--save-stats may replace a file")
     add("--paired", action="store_true", help="files of one name are pairs: PSNR; KID without them")
-    add("--unshuffled", action="store_true", help="Inception Score as ADM's evaluator takes it")
     args = parser.parse_args()
     args.paired = args.paired or "psnr" in (args.only or [])
     args.only = [name for name in TAKES if name in (args.only or TAKES)]
     if args.size is not None and not 1 <= args.size <= 4096:
         raise BadInput(f"--size is {args.size}: it must lie in 1 to 4,096 pixels")
-    if args.save_stats is not None:
-        inputs = [args.reference, args.samples, args.weights]
-        check_save_path(args.save_stats, inputs, args.force)
+    check_save_path(args.save_stats, [args.reference, args.samples, args.weights], args.force)
     return args
 
 
 def check_save_path(path, inputs, force):
-    """BadInput if statistics must not be written there: over what is read, or over another file."""
+    """BadInput if path is of no use to --save-stats, or there already: --force is for that."""
+    if path is None:
+        return
     if not path.endswith(".npz"):
         raise BadInput(f"--save-stats is {path!r}: it must end in .npz")
-    if not os.path.exists(path):
-        return
-    for each in inputs:
-        if each and os.path.exists(each) and os.path.samefile(path, each):
-            raise BadInput(f"--save-stats would overwrite {each}, which is read")
-    if not force:
-        raise BadInput(f"{path} is there already: give --force to replace it")
+    if os.path.exists(path):
+        is_input = any(each and os.path.samefile(path, each) for each in inputs)
+        if is_input or not force:
+            raise BadInput(f"{path} is there already: --force replaces it, unless it is an input")
 
 
 def pair_samples(reference, samples):
     """The samples in the order of the reference images of the same names; both Statistics.
 
-    Where all names are numbers, 7 is 007. BadInput if the names do not match one to one.
+    BadInput if the names do not match one to one.
     """
     if reference.items is None or samples.items is None:
         raise BadInput("--paired wants images, not statistics")
@@ -1191,17 +1066,14 @@ def pair_samples(reference, samples):
     if all(name.isdecimal() for name in reference_names + sample_names):
         reference_names = [int(name) for name in reference_names]
         sample_names = [int(name) for name in sample_names]
-    for names in (reference_names, sample_names):
-        if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            raise BadInput(f"--paired: several images of one side are called {twice!r}")
-    common = set(reference_names) & set(sample_names)
-    if len(common) < max(len(reference_names), len(sample_names)):
-        alone = sorted(set(reference_names) ^ set(sample_names))
-        raise BadInput(
-            f"--paired: {len(reference_names):,} reference images and {len(sample_names):,} "
-            f"samples have {len(common):,} names in common; on one side alone: {alone[:3]}"
-        )
+    of_reference = Counter(reference_names)
+    of_samples = Counter(sample_names)
+    for name in of_reference | of_samples:
+        if not of_reference[name] == of_samples[name] == 1:
+            raise BadInput(
+                f"--paired: {name!r} is the name of {of_reference[name]} reference images and "
+                f"{of_samples[name]} samples, of {len(reference_names):,} and {len(sample_names):,}"
+            )
     place = {name: i for i, name in enumerate(sample_names)}
     return samples._replace(items=[samples.items[place[name]] for name in reference_names])
 
@@ -1214,7 +1086,7 @@ def names_of(images):
 
 
 def mean_psnr(reference, samples, size):
-    """The mean PSNR of the pairs of images of two Statistics. size: see measure."""
+    """The mean PSNR of the pairs of images of two Statistics. size: see load_image."""
     values = []
     originals = read_images(reference.name, reference.items, size)
     copies = read_images(samples.name, samples.items, size)
@@ -1228,8 +1100,7 @@ def mean_psnr(reference, samples, size):
 def completed(known, parts, network, device, size):
     """Statistics, with what they lack of these parts measured, if there are images.
 
-    Means and covariances of a file come first, for they may be of more images. network() gives the
-    net; size: see measure.
+    Means and covariances of a file come first, for they may be of more images. network() -> net.
     """
     complete = all(getattr(known, part) is not None for part in parts)
     if complete or known.items is None:
@@ -1237,7 +1108,8 @@ def completed(known, parts, network, device, size):
     measured = measure(known.name, known.items, network(), device, parts, size)
     if known.pooled is None:
         return measured
-    return measured._replace(pooled=known.pooled, spatial=known.spatial, n=None, sizes=None)
+    spatial = known.spatial or measured.spatial
+    return measured._replace(pooled=known.pooled, spatial=spatial, n=None, sizes=None)
 
 
 def save_moments(file, statistics):
@@ -1264,14 +1136,10 @@ def main():
     if args.save_stats:
         of_reference |= {"pooled"}
 
-    @functools.cache
-    def network():
-        return load_inception(args.weights, device)
-
+    network = functools.cache(functools.partial(load_inception, args.weights, device))
     reference = completed(reference, of_reference, network, device, args.size)
     samples = completed(samples, of_samples, network, device, args.size)
-    split_size = 5000 if args.unshuffled else None
-    figures = compare(reference, samples, args.only, paired=args.paired, split_size=split_size)
+    figures = compare(reference, samples, args.only, paired=args.paired)
     if args.paired:
         figures["psnr"] = paired_psnr
     if not (figures or args.save_stats):
@@ -1280,7 +1148,7 @@ def main():
         decimals = 8 if name == "kid" else 6
         print(name, *[f"{number:.{decimals}f}" for number in np.atleast_1d(value)])
     if args.save_stats:  # last: a disk that fails costs no figure
-        write_atomically(args.save_stats, functools.partial(save_moments, statistics=reference))
+        write_atomically(args.save_stats, lambda file: save_moments(file, reference))
 
 
 if __name__ == "__main__":

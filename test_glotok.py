@@ -47,7 +47,7 @@ import fid
 import glotok
 import sample
 import train
-from fid import BadInput, named_tensors
+from fid import BadInput
 from glotok import (
     ALPHA,
     LPIPS,
@@ -148,6 +148,15 @@ def run_process(*words, cwd=None):
 def tensors_in(path):
     """{dotted name: tensor} of a checkpoint."""
     return dict(named_tensors(torch.load(path, weights_only=True)))
+
+
+def named_tensors(value, name=""):
+    """Yield (dotted name, tensor) for all tensors in nested dictionaries."""
+    if torch.is_tensor(value):
+        yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_tensors(inner, f"{name}.{key}")
 
 
 def assert_same_weights(folder, other, stage):
@@ -1863,50 +1872,37 @@ def test_inception_agrees_with_torch_fidelity(size):
         assert features.shape == (2, 2048)
         assert logits.shape == (2, 1008)
         assert spatial.shape == (2, 2023)
-        found = [
-            features.sum(),
-            features.std(),
-            features[1, :512].sum(),
-            logits.std(),
-            logits[0, :504].sum(),
-        ]
-        np.testing.assert_allclose([v.item() for v in found], GOLDEN[size], rtol=1e-4)
-
-
-INCEPTION_SHAPES = {
-    "Mixed_5d.branch3x3dbl_3.bn.running_var": (96,),
-    "Mixed_6e.branch7x7dbl_5.conv.weight": (192, 192, 1, 7),
-    "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
-    "fc.weight": (1008, 2048),
-}
+        sums = [features.sum(), features.std(), features[1, :512].sum()]
+        sums += [logits.std(), logits[0, :504].sum()]
+        np.testing.assert_allclose(torch.stack(sums), GOLDEN[size], rtol=1e-4)
 
 
 def test_inception_names_are_the_published_ones():
     state = fid.InceptionV3().state_dict()
     names = [name for name in state if "num_batches" not in name]
     assert len(names) == 94 * 5 + 2  # a weight and four of the batch norm each; fc
-    for name, shape in INCEPTION_SHAPES.items():
-        assert state[name].shape == shape, name
+    assert state["Mixed_5d.branch3x3dbl_3.bn.running_var"].shape == (96,)
+    assert state["Mixed_6a.branch3x3.conv.weight"].shape == (384, 288, 3, 3)
+    assert state["Mixed_6e.branch7x7dbl_5.conv.weight"].shape == (192, 192, 1, 7)
+    assert state["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)
 
 
 def test_inception_stays_in_float32_whatever_is_set_outside():
     net = seeded_inception()
     seen = []
     net.Mixed_7c.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    features, logits, spatial = net(golden_images(32))
+    expected = net(golden_images(32))
     before = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            again = net(golden_images(32))
+            found = net(golden_images(32))
             assert torch.is_autocast_enabled("cpu")
         assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32 == convolutions
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == [False, False]
-    for x, y in zip((features, logits, spatial), again):
+    for x, y in zip(found, expected):
         assert torch.equal(x, y)
 
 
@@ -1957,11 +1953,10 @@ def test_frechet_distance_equals_the_matrix_root_where_that_works():
     root = scipy.linalg.sqrtm(s1 @ s2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
     assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
-    tensors = [torch.from_numpy(each) for each in (mu1, s1, mu2, s2)]
-    found = fid.frechet_distance(*tensors)
+    tensors = [torch.from_numpy(each) for each in (mu2, s2)]
+    found = fid.frechet_distance(mu1, s1, *tensors)  # a file's against measured ones
     assert isinstance(found, float)
     assert found == pytest.approx(expected, rel=1e-9)
-    assert fid.frechet_distance(mu1, s1, *tensors[2:]) == found  # a file's against measured ones
 
 
 def test_frechet_distance_of_singular_covariances_in_closed_form():
@@ -2054,13 +2049,11 @@ def test_inception_score_of_shuffled_splits_as_torch_fidelity(n):
 
 
 def test_inception_score_in_file_order_as_adm():
-    """Each split_size images, and what is left."""
+    """Parts of so many images, and what is left."""
     logits = torch.randn(57, 12)
-    parts = [range(25), range(25, 50), range(50, 57)]
-    expected = inception_score_by_loops(logits, parts)
-    assert fid.inception_score(logits, split_size=25) == pytest.approx(expected, rel=1e-9)
-    whole = inception_score_by_loops(logits, [range(57)])
-    assert fid.inception_score(logits, split_size=5000) == pytest.approx(whole, rel=1e-9)
+    expected, _ = inception_score_by_loops(logits, [range(25), range(25, 50), range(50, 57)])
+    scores = [fid.inception_score(part, splits=1)[0] for part in logits.split(25)]
+    assert np.mean(scores) == pytest.approx(expected, rel=1e-9)
 
 
 def precision_recall_by_loops(reference, samples, k):
@@ -2126,9 +2119,7 @@ def gradient_picture(width, height):
     "crop, left, top, side",
     [
         (None, 40, 0, 100),
-        ((1.0, 0.5, 0.5), 40, 0, 100),
         ((1.0, 0.0, 0.9), 0, 0, 100),
-        ((0.8, 0.0, 0.0), 0, 0, 80),
         ((0.8, 0.999, 0.999), 100, 20, 80),
         ((0.8, 0.25, 0.5), 25, 10, 80),
     ],
@@ -2212,30 +2203,27 @@ BROKEN_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", [*BROKEN_PICTURES, "missing.png", "float array"])
+@pytest.mark.parametrize("name", [*BROKEN_PICTURES, "missing.png"])
 def test_pictures_that_cannot_be_read_are_named_in_one_line(name, tmp_path):
-    item = tmp_path / name
     if name in BROKEN_PICTURES:
-        item.write_bytes(BROKEN_PICTURES[name])
-    if name == "float array":
-        item = np.zeros((4, 4, 3))
+        (tmp_path / name).write_bytes(BROKEN_PICTURES[name])
     with pytest.raises(BadInput) as caught:
-        fid.load_image(item)
+        fid.load_image(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_thin_pictures_take_little_memory(tmp_path):
+def test_thin_pictures_take_little_memory(monkeypatch):
     """1 pixel high, 30,000 wide: as a whole it would be 256 x 7,680,000."""
-    Image.new("RGB", (30000, 1), "red").save(tmp_path / "thin.png")
-    code = """
-        import resource, sys
-        import fid
-        resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
-        print(fid.load_image(sys.argv[1], 256).shape)
-    """
-    words = [sys.executable, "-c", textwrap.dedent(code), tmp_path / "thin.png"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.stdout.strip() == "torch.Size([3, 256, 256])", done.stderr
+    areas = []
+    resize = Image.Image.resize
+
+    def watched_resize(picture, size, *options):
+        areas.append(math.prod(size))
+        return resize(picture, size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched_resize)
+    assert fid.crop_and_resize(Image.new("RGB", (30000, 1)), 256).size == (256, 256)
+    assert 0 < max(areas) < 2e6
 
 
 # ---- measuring two sets
@@ -2296,19 +2284,14 @@ def read_figures(result):
     return figures
 
 
-def distance_for_tests(mu1, sigma1, mu2, sigma2):
-    """Of all four, and in this order: a quick stand-in for frechet_distance."""
-    [d] = mu1.shape
-    assert d in (2048, 2023)
-    assert mu2.shape == (d,)
-    assert sigma1.shape == sigma2.shape == (d, d)
-    return float(mu1[0] - 2 * mu2[0] + 3 * sigma1[0, 0] - 4 * sigma2[0, 0])
-
-
 @pytest.fixture
 def quick_distance(monkeypatch):
-    """For tests of the rest: the distance takes seconds."""
-    monkeypatch.setattr(fid, "frechet_distance", distance_for_tests)
+    """A number of all four moments, in this order, for frechet_distance, which takes seconds."""
+
+    def stand_in(mu1, sigma1, mu2, sigma2):
+        return float(mu1[0] - 2 * mu2[0] + 3 * sigma1[0, 0] - 4 * sigma2[0, 0])
+
+    monkeypatch.setattr(fid, "frechet_distance", stand_in)
 
 
 def test_moments_are_numpys_mean_and_covariance(tmp_path):
@@ -2320,17 +2303,13 @@ def test_moments_are_numpys_mean_and_covariance(tmp_path):
     for path in items:
         outputs.append(outputs_of_array(np.asarray(Image.open(path))[None]))
     features, logits, spatial = [torch.cat(parts) for parts in zip(*outputs)]
-    statistics = fid.measure("x", items, QuickNet(), CPU, keep=["features"])
+    statistics = fid.measure("x", items, QuickNet(), CPU, keep=["features", "logits"])
     torch.testing.assert_close(statistics.features, features)
-    assert statistics.logits is None
-    assert statistics.n == 25
+    torch.testing.assert_close(statistics.logits, logits)
     for found, x in ((statistics.pooled, features), (statistics.spatial, spatial)):
         x = x.double().numpy()
         np.testing.assert_allclose(found[0], x.mean(0), atol=1e-6)
         np.testing.assert_allclose(found[1], np.cov(x.T), atol=1e-6)
-    statistics = fid.measure("x", items, QuickNet(), CPU, keep=["logits"])
-    torch.testing.assert_close(statistics.logits, logits)
-    assert statistics.features is None
 
 
 def frechet_of_few(x, y):
@@ -2361,19 +2340,15 @@ def test_fid_and_all_else_of_two_arrays(two_files, quick_net, run_command, tmp_p
     expected = precision_recall_by_loops(x, y, 3)
     assert expected[0] != expected[1]
     assert figures["precision"] + figures["recall"] == pytest.approx(expected, abs=1e-6)
-
-    # ADM's splits are of 5,000: here there is one. The reference is not looked at.
     quick_net.features.clear()
-    figures = read_figures(run_command(fid, path_a, path_b, "--only", "is", "--unshuffled"))
-    whole = inception_score_by_loops(logits, [range(12)])
-    assert figures == {"is": pytest.approx(whole, abs=1e-5)}
-    assert len(torch.cat(quick_net.features)) == 12
+    assert list(read_figures(run_command(fid, path_a, path_b, "--only", "is"))) == ["is"]
+    assert len(torch.cat(quick_net.features)) == 12  # the reference is not looked at
 
 
 @pytest.mark.usefixtures("quick_distance")
 def test_statistics_of_both_formats_need_no_network(tmp_path, run_command, monkeypatch):
     """ADM's files hold images, too, and those of spatial features; pytorch-fid's neither."""
-    monkeypatch.setattr(fid, "load_inception", None)
+    monkeypatch.setattr(fid, "load_inception", pytest.fail)
     images = np.zeros((3, 16, 16, 3), np.uint8)
     for name, mu in (("a", 5.0), ("b", 0.5)):
         moments = {"mu": np.full(2048, mu, ">f4"), "sigma": np.full((2048, 2048), mu / 2)}
@@ -2394,12 +2369,16 @@ def test_statistics_of_both_formats_need_no_network(tmp_path, run_command, monke
 @pytest.mark.usefixtures("quick_distance")
 def test_statistics_in_a_file_come_before_its_images(two_files, quick_net, run_command, tmp_path):
     """ADM's reference files: FID of the whole set, all else of the images that came along."""
-    _, path_b, a, _ = two_files
+    a = two_files[2]
     moments = {"mu": np.full(2048, 5.0), "sigma": np.eye(2048)}
     np.savez(tmp_path / "adm.npz", **moments, arr_0=a)
-    result = run_command(fid, *[tmp_path / "adm.npz"] * 2, "--only", "fid", "precision")
-    assert read_figures(result) == {"fid": [5 - 10 + 3 - 4], "precision": [1]}
-    assert torch.equal(torch.cat(quick_net.features[:1]), outputs_of_array(a)[0])
+    result = run_command(fid, *[tmp_path / "adm.npz"] * 2, "--only", "fid", "sfid", "precision")
+    features, _, spatial = outputs_of_array(a)
+    figures = {"fid": [5 - 10 + 3 - 4], "precision": [1]}
+    expected = -spatial[:, 0].mean() - spatial[:, 0].var()
+    figures["sfid"] = [pytest.approx(expected.item(), abs=1e-5)]
+    assert read_figures(result) == figures
+    assert torch.equal(torch.cat(quick_net.features[:1]), features)
 
 
 @pytest.mark.usefixtures("quick_net", "quick_distance")
@@ -2474,7 +2453,7 @@ def test_pairs_of_a_name_that_occurs_twice_are_refused(tmp_path, quick_net, run_
             Image.new("RGB", (8, 8)).save(tmp_path / folder / name)
     result = run_command(fid, tmp_path / "a", tmp_path / "b", "--paired")
     assert_refused(result, "fid.py")
-    assert "several images" in result.err
+    assert "2 reference images and 2 samples" in result.err
 
 
 def test_size_crops_and_shrinks_both_sets(quick_net, tmp_path, run_command):
@@ -2493,27 +2472,24 @@ def test_size_crops_and_shrinks_both_sets(quick_net, tmp_path, run_command):
     np.savez(tmp_path / "small.npz", cropped)
     words = [folder, tmp_path / "small.npz", "--only", "kid", "psnr"]
     assert read_figures(run_command(fid, *words, "--size", 16))["psnr"] == [99]  # equal
-    x, y = torch.cat(quick_net.features).chunk(2)
-    expected, _, _ = outputs_of_array(cropped)
-    torch.testing.assert_close(x, expected)
-    torch.testing.assert_close(y, expected)
+    for features in torch.cat(quick_net.features).chunk(2):
+        torch.testing.assert_close(features, outputs_of_array(cropped)[0])
     assert run_command(fid, *words).status == 2  # pairs of unequal size
 
 
 def test_a_folder_is_all_images_below_it(tmp_path):
-    for part in ("train/cat", "val", ".cache"):
-        save_pictures(tmp_path / "photos" / part, 2)
-    save_pictures(tmp_path / "elsewhere", 2, name="{}.JPEG")
+    """In order, but for hidden files and other kinds; linked folders once."""
     folder = tmp_path / "photos"
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    (folder / "again").symlink_to(tmp_path / "elsewhere")
-    (folder / "val" / "loop").symlink_to(folder)
+    for part in ("train/cat", "val", ".cache"):
+        save_pictures(folder / part, 2)
+    save_pictures(tmp_path / "elsewhere", 1, name="{}.JPEG")
+    for link in ("again", "link"):
+        (folder / link).symlink_to(tmp_path / "elsewhere")
     (folder / "val" / ".hidden.png").write_text("")
     (folder / "val" / "labels.txt").write_text("")
     found = [str(path.relative_to(folder)) for path in fid.read_set(str(folder)).items]
-    expected = ["again/0.JPEG", "again/1.JPEG"]  # once, not under link/, too
-    expected += ["train/cat/000.png", "train/cat/001.png", "val/000.png", "val/001.png"]
-    assert found == expected
+    expected = ["train/cat/000.png", "train/cat/001.png", "val/000.png", "val/001.png"]
+    assert found == ["again/0.JPEG", *expected]
 
 
 # ---- fid.py: bad input
@@ -2533,10 +2509,7 @@ def bad_fid_inputs(tmp_path_factory, inception_file):
     (folder / "ROTTEN/003.png").write_bytes(b"no picture")
     np.savez(folder / "FLOATS.npz", images.astype(float))
     np.savez(folder / "ONE.npz", images[:1])
-    np.savez(folder / "NOBODY.npz", images[:0])
-    np.savez(folder / "FLAT.npz", images[:, :0])
     np.savez(folder / "NARROW.npz", mu=np.zeros(64), sigma=np.eye(64))
-    np.savez(folder / "WORDS.npz", mu=np.full(2048, "x"), sigma=np.eye(2048))
     np.savez(folder / "NAN.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     slanted = np.eye(2048)
     slanted[0, 1] = 0.5
@@ -2548,7 +2521,6 @@ def bad_fid_inputs(tmp_path_factory, inception_file):
     np.savez(folder / "OBJECTS.npz", np.array([RunsCode(str(folder / "code ran"))]))
     (folder / "PICKLE.npz").write_bytes(pickle.dumps(RunsCode(str(folder / "code ran"))))
 
-    (folder / "text.pth").write_text("hello")
     torch.save({"a": torch.ones(3)}, folder / "other.pth")
     torch.save(RunsCode(str(folder / "code ran")), folder / "code.pth")
     weights = torch.load(inception_file, weights_only=True)
@@ -2562,26 +2534,19 @@ def bad_fid_inputs(tmp_path_factory, inception_file):
 BAD_FID_WORDS = [
     "nowhere A.npz --weights NET",
     "'' A.npz --weights NET",
-    "A.npz '' --weights NET",
-    "A.npz A.npz --weights ''",
     "EMPTY A.npz --weights NET",
     "ROTTEN A.npz --weights NET",
     "FLOATS.npz A.npz --weights NET",
     "A.npz ONE.npz --weights NET",
-    "A.npz NOBODY.npz --weights NET",
-    "A.npz FLAT.npz --weights NET",
     "A.npz NARROW.npz --weights NET",
-    "A.npz WORDS.npz --weights NET",
     "A.npz NAN.npz --weights NET",
     "STATS.npz SLANTED.npz",
     "STATS.npz NEGATIVE.npz",
     "A.npz TORN.npz --weights NET",
     "A.npz OBJECTS.npz --weights NET",
     "A.npz PICKLE.npz --weights NET",
-    "A.npz A.npz --weights text.pth",
     "A.npz A.npz --weights other.pth",
     "A.npz A.npz --weights code.pth",
-    "A.npz A.npz --weights gone.pth",
     "A.npz A.npz --weights nan.pth",
     "A.npz A.npz --weights half.pth",
     "A.npz A.npz",  # the network cannot be downloaded
@@ -2591,10 +2556,7 @@ BAD_FID_WORDS = [
     "A.npz A.npz --size 0",
     "A.npz A.npz --weights NET --save-stats x.txt",
     "A.npz A.npz --only fdi",
-    "A.npz A.npz --only",
-    "A.npz A.npz A.npz",
     "A.npz",
-    "A.npz A.npz --wieghts x",
 ]
 
 
@@ -2628,23 +2590,15 @@ def test_a_download_of_another_sha256_is_not_used(tmp_path):
     cached.write_bytes(b"changed later")
     with pytest.raises(BadInput):
         fid.fetch(published, tmp_path / "cache")
-    path.write_bytes(b"changed at its source")
     cached.unlink()
+    path.write_bytes(b"changed at its source")
     with pytest.raises(BadInput):
         fid.fetch(published, tmp_path / "cache")
     assert not list(cached.parent.iterdir())
 
 
 def test_fid_works_in_an_empty_folder(tmp_path, inception_file):
-    """It imports no other file of ours."""
-    imports = set()
-    for node in ast.walk(ast.parse((REPOSITORY / "fid.py").read_text())):
-        if isinstance(node, ast.Import):
-            imports |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            imports.add(node.module.split(".")[0])
-    assert imports - sys.stdlib_module_names == {"torch", "numpy", "PIL"}
-
+    """With no other file of ours beside it."""
     shutil.copy(REPOSITORY / "fid.py", tmp_path)
     images = random_pixels(4, 0, 200)
     np.savez(tmp_path / "A.npz", images[:2])

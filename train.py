@@ -1485,7 +1485,7 @@ def load_teacher(folder):
     """What make_teacher left in the run folder."""
     path = Path(folder) / "teacher.pt"
     teacher = fid.load_checkpoint(path)
-    if not isinstance(teacher, dict) or not {"histogram", "floor"} <= set(teacher):
+    if not {"histogram", "floor"} <= set(teacher):
         raise BadInput(f"{path} is not a teacher that this program made")
     return teacher
 

@@ -915,8 +915,7 @@ def rotary_tables(angles):
 
 def rotate(x, cos, sin):
     """Turn the channel pairs (i, D / 2 + i) of x (B, T, ..., ..., D); cos, sin: rotary_tables."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([b, a], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def timestep_embedding(t, width=256):
@@ -952,11 +951,11 @@ class XARBlock(nn.Module):
         modulation = self.adaln(F.silu(condition))[:, :, None]  # (B, cells, 1, 6 * width)
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=3)
         x = x.unflatten(1, (condition.shape[1], -1))  # (B, cells, tokens a cell, width)
-        h = rms_norm(x) * (1 + scale1) + shift1
+        h = torch.addcmul(shift1, rms_norm(x), 1 + scale1)  # shift + norm * (1 + scale)
         h = self.attend(h.flatten(1, 2), rotary, mask, cache)
-        x = x + gate1 * self.drop(h).view(x.shape)
-        h = rms_norm(x) * (1 + scale2) + shift2
-        x = x + gate2 * self.drop(self.mlp(h))
+        x = torch.addcmul(x, gate1, self.drop(h).view(x.shape))  # x + gate * h
+        h = torch.addcmul(shift2, rms_norm(x), 1 + scale2)
+        x = torch.addcmul(x, gate2, self.drop(self.mlp(h)))
         return x.flatten(1, 2)
 
     def attend(self, x, rotary, mask, cache):
@@ -1277,8 +1276,22 @@ def conv(c_in, c_out, kernel=3, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=padding)
 
 
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Group norm of up to 32 groups, in the type of its input.
+
+    Autocast would cast the input to float32, and the output back, though the kernel adds up in
+    float32 anyway: on one H200 that was a seventh of a step of imagenet256 and a third of its
+    memory.
+    """
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -1287,10 +1300,10 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         self.body = nn.Sequential(
-            group_norm(c_in),
+            GroupNorm(c_in),
             nn.SiLU(),
             conv(c_in, c_out),
-            group_norm(c_out),
+            GroupNorm(c_out),
             nn.SiLU(),
             conv(c_out, c_out),
         )
@@ -1305,7 +1318,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.attention = Attention(channels, 1)
 
     def forward(self, x):
@@ -1348,7 +1361,7 @@ def encoder(c):
         if i < lowest:
             layers.append(downsample(width))
     layers += middle(width)
-    layers += [group_norm(width), nn.SiLU(), conv(width, c.z_channels)]
+    layers += [GroupNorm(width), nn.SiLU(), conv(width, c.z_channels)]
     return nn.Sequential(*layers)
 
 
@@ -1363,7 +1376,7 @@ def decoder(c):
         width = c_out
         if i > 0:
             layers += upsample(width)
-    layers += [group_norm(width), nn.SiLU(), conv(width, 3 * c.patch**2), nn.PixelShuffle(c.patch)]
+    layers += [GroupNorm(width), nn.SiLU(), conv(width, 3 * c.patch**2), nn.PixelShuffle(c.patch)]
     return nn.Sequential(*layers)
 
 

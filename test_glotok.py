@@ -783,6 +783,23 @@ def test_encoder_and_decoder_have_vqgans_blocks(res_blocks, channel_mult):
     assert count_modules(glotok.decoder(c), glotok.SpatialAttention) == res_blocks + 2
 
 
+def test_group_norm_stays_in_bfloat16_under_autocast():
+    norm = glotok.GroupNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 3 * torch.randn(2, 64, 5, 5) + 1
+    groups = x.double().view(2, 32, -1)
+    mean = groups.mean(2, keepdim=True)
+    variance = (groups - mean).square().mean(2, keepdim=True)
+    normal = ((groups - mean) / (variance + 1e-6).sqrt()).view(x.shape)
+    expected = normal * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    torch.testing.assert_close(norm(x).double(), expected.double(), atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected.double(), atol=0.05, rtol=0.02)
+
+
 def test_networks_in_bfloat16_say_nearly_the_same():
     """As on a GPU. Losses, codes and similarities stay in float32."""
     model = random_residuals(GloTok(TINY))

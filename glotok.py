@@ -1117,7 +1117,9 @@ class XAR(nn.Module):
         no_label = torch.full_like(labels, c.classes)
         both = torch.cat([labels, no_label])  # with and without the label, in one batch
         shape = (2, len(both), c.gen_heads, c.grid_size**2, c.gen_width // c.gen_heads)
-        caches = [torch.zeros(shape, device=both.device) for _ in self.blocks]  # keys and values
+        kind = both.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        caches = [torch.zeros(shape, device=both.device, dtype=dtype) for _ in self.blocks]
         cells = []
         for cell in range(self.cells):
             ramp = cell / max(self.cells - 1, 1)
@@ -1656,11 +1658,11 @@ class Config:
     guidance: float = setting(3.0, "classifier-free guidance of the last cell; 1: none", 0, 100)
     guidance_first: float = setting(3.0, "of the first cell, at most guidance (xAR: 1)", 0, 100)
     sampling_steps: int = setting(10, "denoising steps a cell", 1, 10000)
-    generator_steps: int = setting(4000, "training steps of the generator", 1)
+    generator_steps: int = setting(3000, "training steps of the generator", 1)
     gen_batch: int = setting(16, "images a step, over all processes", 1)
-    gen_lr: float = setting(3e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
+    gen_lr: float = setting(5e-3, "learning rate of AdamW (betas 0.9, 0.96)", 0, 1)
     gen_lr_end: float = setting(0.0, "learning rate at the end of gen_cooldown", 0, 1)
-    gen_warmup: int = setting(50, "steps over which the learning rate rises from 0")
+    gen_warmup: int = setting(200, "steps over which the learning rate rises from 0")
     gen_cooldown: float = setting(0.5, "last share of the steps: half a cosine down", 0, 1)
     ema: float = setting(0.995, "decay of the weights' moving average, which samples", 0, 1)
 

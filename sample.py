@@ -32,6 +32,7 @@ import fid
 import glotok
 from fid import BadInput, note
 from train import (
+    autocast,
     check_made_of,
     encode_all,
     images_at_once,
@@ -323,7 +324,8 @@ def generate(model, generator, labels, config, seed):
     """
     torch.manual_seed(seed)
     for batch in labels.split(GENERATE_BATCH):
-        latents = generator.sample(batch, config.sampling_steps, config.guidance)
+        with autocast(config, labels.device):  # decoding stays in float32, as all measures do
+            latents = generator.sample(batch, config.sampling_steps, config.guidance)
         parts = latents.split(images_at_once(config))
         yield torch.cat([to_uint8(model.from_latents(part)).cpu() for part in parts])
 

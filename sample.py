@@ -111,12 +111,13 @@ def report_tokenizer(args, model, teacher, val, net, device):
     curves = [
         (f"teacher ({Path(c.teacher).name})", bins, hist_teacher),
         ("codebook after", bins, hist_after),
-        ("codebook before", bins, glotok.relation_histogram(untrained.codebook_sem, c.bins)),
-        (f"ideal sphere, d = {c.code_dim}", bins, glotok.sphere_histogram(c.code_dim, c.bins)),
+        ("before", bins, glotok.relation_histogram(untrained.codebook_sem, c.bins)),
+        (f"sphere, d = {c.code_dim}", bins, glotok.sphere_histogram(c.code_dim, c.bins)),
     ]
-    title = f"pairwise cosines of the semantic codebook: KL {metrics['hist_kl']:.3g}"
-    title += f", floor {metrics['hist_kl_floor']:.3g}"
-    save_plot(args.run / "histogram.png", [Panel(title, "cosine similarity", curves, "line")])
+    title = f"cosines of all pairs of semantic codes: KL {metrics['hist_kl']:.2g}"
+    title += f", floor {metrics['hist_kl_floor']:.2g}"
+    panel = Panel(title, "cosine similarity", curves, "line")
+    save_plot(args.run / "histogram.png", [panel], width=720)
     return metrics
 
 
@@ -486,7 +487,7 @@ def save_scatter(path, points, labels, classes, measures):
     title = f"t-SNE of {len(points)} latents, coloured by class"
     if len(classes) > 10:
         title += "; ten classes shown"
-    save_plot(path, [Panel(title, x_label, curves, "dots")], width=700, height=700)
+    save_plot(path, [Panel(title, x_label, curves, "dots")], width=900, height=900)
 
 
 # ================================================================================================
@@ -669,12 +670,12 @@ def save_image_grid(path, rows, title=""):
     """rows, a list of (label, images uint8 (n, 3, H, W)) -> a PNG; small images are enlarged."""
     # A class may be called anything, line breaks included.
     rows = [(" ".join(label.split()), images) for label, images in rows]
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(20)  # legible on a phone, where the picture is half as wide
     gap = 4
     side = rows[0][1].shape[3]
     side *= max(1, 64 // side)  # whole pixels
     left = 8 + max(int(font.getlength(label)) for label, _ in rows)
-    top = 28 if title else gap
+    top = 36 if title else gap
     columns = max(len(images) for _, images in rows)
     width = left + (side + gap) * columns
     height = top + (side + gap) * len(rows)
@@ -703,7 +704,7 @@ def save_pairs(path, images, recon, n=12):
 Panel = namedtuple("Panel", "title x_label curves style")
 
 
-def save_plot(path, panels, columns=2, width=560, height=320):
+def save_plot(path, panels, columns=2, width=560, height=400):
     """Panels -> a PNG; width and height of each in pixels."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -712,7 +713,7 @@ def save_plot(path, panels, columns=2, width=560, height=320):
     for i, panel in enumerate(panels):
         left = i % columns * width
         top = i // columns * height
-        draw_panel(draw, panel, (left + 64, left + width - 16), (top + 50, top + height - 44))
+        draw_panel(draw, panel, (left + 90, left + width - 30), (top + 76, top + height - 70))
     save_png(path, canvas)
 
 
@@ -720,10 +721,10 @@ def draw_panel(draw, panel, x_range, y_range):
     """Draw a Panel with its axes at the pixels (left, right) and (top, bottom)."""
     left, right = x_range
     top, bottom = y_range
-    font = ImageFont.load_default(15)
-    small = ImageFont.load_default(12)
-    draw.text((left, top - 43), panel.title, INK, font)
-    draw.text(((left + right) / 2, bottom + 24), panel.x_label, INK, small, anchor="ma")
+    font = ImageFont.load_default(23)
+    small = ImageFont.load_default(20)
+    draw.text((left - 80, top - 70), panel.title, INK, font)
+    draw.text(((left + right) / 2, bottom + 34), panel.x_label, INK, small, anchor="ma")
 
     curves = []
     for name, xs, ys in panel.curves:
@@ -737,14 +738,14 @@ def draw_panel(draw, panel, x_range, y_range):
         py = bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
         return px, py
 
-    for x, y in zip(np.linspace(x_low, x_high, 5), np.linspace(y_low, y_high, 5)):
+    for x, y in zip(np.linspace(x_low, x_high, 3), np.linspace(y_low, y_high, 3)):
         draw.line([pixel(x, y_low), pixel(x, y_high)], RULE)
         draw.line([pixel(x_low, y), pixel(x_high, y)], RULE)
-        draw.text((pixel(x, y)[0], bottom + 4), f"{x:.4g}", INK, small, anchor="ma")
+        draw.text((pixel(x, y)[0], bottom + 6), f"{x:.4g}", INK, small, anchor="ma")
         value = 10**y if panel.style == "log" else y
-        draw.text((left - 5, pixel(x, y)[1]), f"{value:.3g}", INK, small, anchor="rm")
+        draw.text((left - 6, pixel(x, y)[1]), f"{value:.2g}", INK, small, anchor="rm")
 
-    legend = left
+    legend = left - 80
     for colour, (name, xs, ys) in zip(COLOURS, curves):
         points = list(zip(*pixel(xs, ys)))
         if panel.style == "dots":
@@ -754,8 +755,8 @@ def draw_panel(draw, panel, x_range, y_range):
             draw.line(points, colour, 2)
         else:
             draw.point(points, colour)
-        draw.text((legend, top - 22), name, colour, small)
-        legend += draw.textlength(name, small) + 14
+        draw.text((legend, top - 34), name, colour, small)
+        legend += draw.textlength(name, small) + 16
 
 
 def limits(values, room=0.0):

@@ -520,10 +520,10 @@ def command_sample(args, config, device):
         rows = torch.from_numpy(images).permute(0, 3, 1, 2).split(columns)
         save_image_grid(args.out, [("", row) for row in rows])
     drawn, counts = labels.unique(return_counts=True)
-    listed = ", ".join(f"{k} ({names[k]}) {n}" for k, n in zip(drawn.tolist(), counts.tolist()))
+    listed = [f"{k} ({names[k]}) {n}" for k, n in zip(drawn.tolist(), counts.tolist())]
     if len(drawn) > 20:
-        listed = f"{len(drawn)} classes, {counts.min()} to {counts.max()} of each"
-    print(f"{args.out}: {args.n} images of {listed}")
+        listed[20:] = [f"and {len(drawn) - 20} more of the {len(names)} classes"]
+    print(f"{args.out}: {args.n} images of {', '.join(listed)}")
 
 
 def class_number(word, names):

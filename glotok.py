@@ -94,17 +94,14 @@ def full_precision(device):
 def nearest(x, y, max_similarities=2**24):
     """Unit vectors x (N, d), y (n, d) -> for each of x the index of the nearest of y, int64 (N,).
 
-    In chunks, so that no more than max_similarities stand in memory at once. No gradient.
+    In chunks, so that no more than max_similarities stand in memory at once.
     """
-    x = x.detach()
-    y = y.detach()
+    chunks = x.detach().split(max(1, max_similarities // len(y)))
     with full_precision(x.device):
-        chunks = x.split(max(1, max_similarities // len(y)))
-        return torch.cat([(chunk @ y.T).argmax(1) for chunk in chunks])
+        return torch.cat([(chunk @ y.detach().T).argmax(1) for chunk in chunks])
 
 
 def straight_through(z, codes):
-    """The value of codes, the gradient of z; both of one shape."""
     # z - sg[z] is exactly 0. The more common z + sg[codes - z] has the same gradient, but rounds.
     return codes.detach() + (z - z.detach())
 
@@ -132,15 +129,11 @@ class Quantizer(nn.Module):
         return nearest(z.flatten(0, -2), self.codebook).view(z.shape[:-1])
 
     def forward(self, z):
-        """Features z (B, T, d), not normalised -> unit z, codes, index, L_Q.
-
-        z and codes are float32 (B, T, d), codes with gradient to the codebook; index is int64
-        (B, T); L_Q a scalar.
-        """
+        """Features (B, T, d), not normalised -> unit z and codes (B, T, d), index (B, T), L_Q."""
         with full_precision(z.device):
-            z = F.normalize(z.float(), dim=-1)  # (B, T, d)
-            index = self.look_up(z)  # (B, T)
-            codes = F.embedding(index, self.codebook)  # (B, T, d)
+            z = F.normalize(z.float(), dim=-1)
+            index = self.look_up(z)
+            codes = F.embedding(index, self.codebook)
             # Paper silent: the reduction. We average over elements.
             codebook_loss = F.mse_loss(codes, z.detach())
             commitment_loss = F.mse_loss(z, codes.detach())
@@ -169,10 +162,9 @@ class Quantizer(nn.Module):
 #
 #     p_k = sum over x in D of exp(-alpha (x - B_k)^2),     P = p / sum(p).                    (6)
 #
-# The diagonal (i = j) adds n times the similarity 1, a share 2 / (n + 1) of all pairs, always in
-# the last bins. It has no gradient, and keeps log P finite there. With fewer codes than the teacher
-# has centres the student's share is larger, and it must have fewer other similarities near 1 to
-# make up for it; with more codes than centres it needs more of them. Either is a small effect.
+# The diagonal (i = j) adds n times the similarity 1, a share 2 / (n + 1) of all pairs. It has no
+# gradient, and keeps log P finite in the last bins. If there are fewer codes than the teacher has
+# centres, the student's share is larger: a small effect.
 #
 # Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres, or
 # the histogram would favour some places. By Poisson summation, an endless row of Gaussians a
@@ -188,11 +180,10 @@ class Quantizer(nn.Module):
 
 
 def default_alpha(bins):
-    """1 / w^2 for bins a distance w = 2 / (bins - 1) apart."""
-    return ((bins - 1) / 2) ** 2
+    return ((bins - 1) / 2) ** 2  # 1 / w^2
 
 
-ALPHA = default_alpha(40)  # 380.25, for users: alpha at the paper's N = 40
+ALPHA = default_alpha(40)  # 380.25: alpha at the paper's N = 40
 
 
 def bin_centres(bins, like):
@@ -203,8 +194,7 @@ def bin_centres(bins, like):
 def relation_histogram_direct(codes, bins=40, alpha=None):
     """Eqs. (4)-(6) as printed: codes (n, d) float -> P (bins,), sum 1. alpha: default_alpha.
 
-    The reference. Its tensors hold n (n + 1) / 2 * bins numbers: 21 GB each at n = 16,384, and
-    `relation_histogram`, below, is what training calls.
+    The reference. Its tensors take 21 GB each at n = 16,384; training calls `relation_histogram`.
     """
     check_tensor("codes", codes, (None, None))
     alpha = default_alpha(bins) if alpha is None else alpha
@@ -223,9 +213,8 @@ def relation_histogram_direct(codes, bins=40, alpha=None):
 #
 # so leaving out a similarity that the teacher has is what costs most; the other direction could
 # leave some out. Paper silent: the reduction. We sum over the bins, which makes it a KL divergence;
-# kl_div's own default is their mean, smaller by a factor of N, so that the paper's weight of 0.01
-# would be 0.00025 here. (Below P_s = 1e-10 we clamp: a bin five or more bins away from every pair
-# of the student costs 23 nats times P_t, but pulls nothing.)
+# kl_div's own default is their mean, smaller by a factor of N. (Below P_s = 1e-10 we clamp: a bin
+# five or more bins away from every pair of the student pulls nothing.)
 
 
 def kl_divergence(p, q):
@@ -244,10 +233,10 @@ def histogram_relation_loss(codes, teacher):
 
 # ---- The teacher (section 3.3)
 #
-# P_t is made once, before training, and stopped. It summarises a pre-trained model: the features
-# of all training images are clustered by k-means, and the histogram of the centres' similarities is
-# all that training ever sees of the model. (The paper's other teacher, the semantic codebook of an
-# already trained tokenizer, needs no clustering: relation_histogram(codebook).)
+# P_t is made once, before training: the features that a pre-trained model gives of all training
+# images are clustered by k-means, and the histogram of the centres' similarities is all that
+# training ever sees of the model. (The paper's other teacher, the semantic codebook of an already
+# trained tokenizer, needs no clustering: relation_histogram(codebook).)
 #
 # Paper silent on which layer's features (ours: the last), and on k-means; (7) inherits the choice.
 # Lloyd's iterations end in the nearest of many local minima, so the start decides. k-means++
@@ -259,18 +248,15 @@ def histogram_relation_loss(codes, teacher):
 
 
 def kmeans(x, k, iterations=20):
-    """Centres (k, d) of points x (n, d) float: Lloyd's iterations from a greedy k-means++ start.
+    """Centres (k, d) of points x (n, d) float, n >= k. Draws from the global random generator.
 
-    A centre that loses all its points stays where it is. Draws from the global random generator.
-    ValueError if n < k.
+    A centre that loses all its points stays where it is.
     """
     check_tensor("x", x, (None, None))
-    if len(x) < k:
-        raise ValueError(f"k-means cannot place {k} centres among {len(x)} points")
+    check(len(x) >= k, f"k-means cannot place {k} centres among {len(x)} points")
     x = x.float()
-    x_squared = x.square().sum(1)  # (n,)
     with full_precision(x.device):
-        centres = kmeans_start(x, x_squared, k)
+        centres = kmeans_start(x, k)
         for _ in range(iterations):
             chunks = x.split(max(1, 2**24 // k))  # at most 2^24 distances in memory
             # ||x - c||^2 = ||x||^2 - (2 x.c - ||c||^2): the nearest has the largest bracket
@@ -283,8 +269,9 @@ def kmeans(x, k, iterations=20):
     return centres
 
 
-def kmeans_start(x, x_squared, k):
-    """k of the points x (n, d), chosen by greedy k-means++; x_squared (n,): their squared norms."""
+def kmeans_start(x, k):
+    """k of the points x (n, d), chosen by greedy k-means++."""
+    x_squared = x.square().sum(1)  # (n,)
     centres = x.new_empty(k, x.shape[1])
     centres[0] = x[torch.randint(len(x), ())]
     distance = (x - centres[0]).square().sum(1)  # to the nearest centre so far, squared
@@ -308,8 +295,7 @@ def teacher_centres(features, k, labels=None):
     """Features (n, d) of a pre-trained model -> k centres, or fewer of few features, (k, d).
 
     If labels int64 (n,) are given, as VQGAN-LC has it: each class is clustered for itself, k //
-    classes centres each (at least one), and the centres are stacked. Draws from the global random
-    generator.
+    classes centres each (at least one), and the centres are stacked.
     """
     check_tensor("features", features, (None, None))
     if labels is not None:
@@ -331,7 +317,7 @@ def sphere_histogram(dim, bins=40, alpha=None):
     """The histogram (bins,) of infinitely many vectors, uniform on the unit sphere of R^dim.
 
     As a teacher it asks for uniform spread and needs no network: a control that the paper lacks. It
-    has no diagonal (i = j), as the student's histogram has, so that the KL cannot quite become 0.
+    has no diagonal (i = j), so that the KL of a student cannot quite become 0.
 
     The cosine x between a fixed and a uniform unit vector has the density (1 - x^2)^((dim - 3) / 2)
     up to a constant. With x = cos(theta) that is sin(theta)^(dim - 2) d(theta), smooth for every
@@ -349,10 +335,9 @@ def sphere_histogram(dim, bins=40, alpha=None):
 # squares of the d eigenvalues of T^T T, over n^2. They sum to n, so it is at least 1/d (the Welch
 # bound): in few dimensions codes cannot all be near-orthogonal. A teacher whose mean squared cosine
 # lies below 1/d (1/8 here) keeps the KL above zero whatever we do. The mean cosine, |mean of T|^2,
-# may be anything from 0 to the root of the mean square, for no mean exceeds the root mean square.
-# (Up to terms of 1/n: the bound is about all n^2 pairs, while (4) counts each pair once and so
-# weighs the diagonal double.) Both moments only hint at how well a teacher can be imitated, so
-# `histogram_floor` measures it: the KL that a codebook reaches if (7) is its only loss.
+# may be anything from 0 to the root of the mean square. Both moments only hint at how well a
+# teacher can be imitated, so `histogram_floor` measures it: the KL that a codebook reaches if (7)
+# is its only loss.
 
 
 def cosine_moments(vectors):
@@ -364,10 +349,7 @@ def cosine_moments(vectors):
 
 
 def histogram_floor(teacher, n, d, steps=300):
-    """The KL (7) that n free codes of dimension d reach for a teacher's histogram (bins,): a float.
-
-    An upper bound of the true minimum, close to it in practice.
-    """
+    """The KL (7) that n free codes of dimension d reach for a teacher (bins,), a float."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(n, d, generator=generator).to(teacher.device).requires_grad_()
     optimizer = torch.optim.Adam([codes], 0.05)
@@ -443,7 +425,11 @@ class SmoothedHistogram(torch.autograd.Function):
         ctx.save_for_backward(t)
         count = torch.zeros(TABLE + 1, dtype=torch.int64, device=t.device)
         for _, _, point in similarity_bands(t.nan_to_num()):
-            add_counts(count, point.flatten())
+            point = point.flatten()
+            if point.is_cuda:  # bincount would make the host wait; a float stops at 2^24
+                count.index_add_(0, point, torch.ones_like(point, dtype=torch.int64))
+            else:
+                count += torch.bincount(point, minlength=TABLE + 1)
         # The square holds a pair i < j twice, and i = j, whose similarity is 1, once. With n more
         # at the last point (4) is there exactly twice.
         count[TABLE] += len(t)
@@ -464,19 +450,8 @@ class SmoothedHistogram(torch.autograd.Function):
         return out, None, None
 
 
-def add_counts(count, point):
-    """Add to count (TABLE + 1,) int64 how often each point of the table stands in point (m,)."""
-    if point.is_cuda:  # bincount would make the host wait; float ones would stop counting at 2^24
-        count.index_add_(0, point, torch.ones_like(point, dtype=torch.int64))
-    else:
-        count += torch.bincount(point, minlength=len(count))
-
-
 def relation_histogram(codes, bins=40, alpha=None):
-    """Eqs. (4)-(6), fast: codes (n, d) float -> P (bins,) float32, sum 1. alpha: default_alpha.
-
-    Differentiable once. float32 under autocast, too.
-    """
+    """Eqs. (4)-(6), fast: codes (n, d) float -> P (bins,) float32, sum 1. Differentiable once."""
     check_tensor("codes", codes, (None, None))
     alpha = default_alpha(bins) if alpha is None else alpha
     with full_precision(codes.device):
@@ -490,9 +465,8 @@ def relation_histogram(codes, bins=40, alpha=None):
 
 
 @torch.no_grad()
-def used_histogram(codes, counts, bins=40, alpha=None):
+def used_histogram(codes, counts, bins=40):
     """Codes (n, d), how often each was chosen (n,) -> P (bins,) float32, sum 1."""
-    alpha = default_alpha(bins) if alpha is None else alpha
     t = F.normalize(codes.float(), dim=1)
     u = counts.double() / counts.sum() * len(t)
     weight = torch.zeros(TABLE + 1, dtype=torch.float64, device=t.device)
@@ -501,7 +475,7 @@ def used_histogram(codes, counts, bins=40, alpha=None):
             pairs = u[a:b, None] * u  # (b - a, n)
             weight += torch.bincount(point.flatten(), pairs.flatten(), minlength=TABLE + 1)
         weight[TABLE] += u.square().sum()  # i = j, as above: all is there twice
-        f, _ = kernel_tables(bins, alpha, t.device)
+        f, _ = kernel_tables(bins, default_alpha(bins), t.device)
         p = f @ weight.float()
     return p / p.sum()
 
@@ -532,7 +506,7 @@ def used_histogram(codes, counts, bins=40, alpha=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens (B, T, width) -> the same."""
+    """Multi-head self-attention, tokens (B, T, width) -> the same."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -606,8 +580,7 @@ class Transformer(nn.Module):
 class GloTok(nn.Module):
     """Images float (B, 3, H, W) in [-1, 1] <-> semantic and visual tokens, int64 (B, h, w) each.
 
-    H = W = config.image_size, h = w = config.grid_size. Inside, tokens stand in a row of T = h * w,
-    and d is config.code_dim.
+    Inside, tokens stand in a row of T = h * w, and d is config.code_dim.
     """
 
     def __init__(self, config):
@@ -633,9 +606,8 @@ class GloTok(nn.Module):
     def make_adapter(self):
         """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d).
 
-        Paper silent. One linear map, or a transformer of our blocks; in the paper's presets with
-        the depth and width of FQGAN's. (FQGAN's read the encoder before its last convolution, which
-        each branch then has for itself; these read the one Z that figure 2 draws.)
+        Paper silent. One linear map, or a transformer, in the paper's presets as deep and wide as
+        FQGAN's.
         """
         c = self.config
         if c.adapter_layers == 0:
@@ -679,10 +651,9 @@ class GloTok(nn.Module):
     def forward(self, x, teacher_features=None):
         """Images -> reconstructions, losses. The training pass.
 
-        losses is a dict of scalars: "quantize", L_Q of (1), and "residual", L_res of (10), each
-        summed over the two codebooks; "coverage" (section 8); those of section 7, for which
-        teacher_features holds a teacher network's vectors (B, D) and maps (B, D, h', w') of the
-        same images.
+        losses is a dict of scalars: "quantize" (1) and "residual" (10), each summed over the two
+        codebooks; "coverage" (section 8); those of section 7, for which teacher_features holds a
+        teacher network's vectors (B, D) and maps (B, D, h', w') of the same images.
         """
         c = self.config
         f_sem, f_vis = self.features(x)
@@ -714,9 +685,8 @@ class GloTok(nn.Module):
 
     def concatenate(self, sem, vis):
         """Latents (B, T, d) each -> along channels, (B, 2 d, h, w)."""
-        z = torch.cat([sem, vis], dim=2).transpose(1, 2)  # (B, 2 d, T)
         side = self.config.grid_size
-        return z.unflatten(2, (side, side))
+        return torch.cat([sem, vis], dim=2).transpose(1, 2).unflatten(2, (side, side))
 
     def encode(self, x):
         """Images -> semantic and visual indices, int64 (B, h, w) each."""
@@ -777,8 +747,7 @@ class GloTok(nn.Module):
 # the same time to tell x from xhat. Its own loss is the hinge: real patches above 1, fake ones
 # below -1, no credit for more. Paper silent on all weights but l_res and l_hist (l_R is 1 here),
 # and on when the discriminator enters: late, since early, blurred reconstructions are so easily
-# told from true pictures that its answers teach little. It is untrained when it enters, so l_G then
-# grows from 0.
+# told from true pictures that its answers teach little. Untrained as it is then, l_G grows from 0.
 #
 # A training step (train.py):
 #
@@ -794,7 +763,7 @@ def total_loss(c, model, x, recon, losses, ramp=1.0):
     """L of (13), of images x, their reconstructions and the other losses; adds "recon" to these.
 
     losses: a dict of scalars, 0 if one is not there. ramp: the share of lambda_adv that L_G has by
-    now, a float or a scalar tensor. The last three terms are not in (13): sections 7 and 8.
+    now. The last three terms are not in (13): sections 7 and 8.
     """
     losses["recon"] = F.mse_loss(recon, x)  # (2)
     pixels = losses["recon"] + c.lambda_perceptual * losses.get("perceptual", 0)
@@ -824,10 +793,7 @@ def gradient_ratio(loss, other, weight):
 
 
 def adversarial_loss(disc, recon):
-    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. It moves the tokenizer alone.
-
-    (The pass also updates the running statistics of disc's batch norm, which nothing reads.)
-    """
+    """L_G: reconstructions with gradient (B, 3, H, W) -> scalar. It moves the tokenizer alone."""
     disc.requires_grad_(False)
     loss = -disc(recon).mean()
     disc.requires_grad_(True)
@@ -835,10 +801,7 @@ def adversarial_loss(disc, recon):
 
 
 def discriminator_loss(disc, recon, x):
-    """The hinge loss, from reconstructions and images -> scalar. Moves the discriminator alone.
-
-    (0.5 makes it a mean over the two kinds. FQGAN halves it once more.)
-    """
+    """The hinge loss, from reconstructions and images -> scalar. Moves the discriminator alone."""
     real = disc(x)
     fake = disc(recon.detach())
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -886,9 +849,8 @@ def discriminator_loss(disc, recon, x):
 # we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
 # of guidance, and g = 1 is none. (These densities are not the noised versions of p_0(z) p_0(y |
 # z)^g, so the samples only lean that way.) That score is (1 - g) s(z) + g s(z | y), whose weights
-# add up to 1; and for t < 1, v = -(z + t s) / (1 - t) is affine in s. So velocities are combined
-# with the same weights. (At t = 1 z is noise, of which y says nothing: there it is a convention.)
-# One network gives both, since a share of its labels is hidden in training.
+# add up to 1; and v = -(z + t s) / (1 - t) is affine in s. So velocities are combined with the same
+# weights. One network gives both, since a share of its labels is hidden in training.
 #
 # xAR lets g grow linearly over the cells, from 1 at the first: the first cells decide what the
 # picture is, where guidance costs variety; the later ones must fit to them.
@@ -927,10 +889,10 @@ def timestep_embedding(t, width=256):
 
 
 class XARBlock(nn.Module):
-    """xAR's block, (B, T, width) -> the same: section 3's, with rotary positions and a condition.
+    """Section 3's block, with rotary positions and a condition, (B, T, width) -> the same.
 
     AdaLN: from the condition of each cell come a scale and a shift for what enters attention and
-    MLP, and a gate for what leaves them. Dropout acts on attention weights and on what either adds.
+    MLP, and a gate for what leaves them.
     """
 
     def __init__(self, width, heads, dropout):
@@ -945,8 +907,8 @@ class XARBlock(nn.Module):
     def forward(self, x, condition, rotary, mask=None, cache=None):
         """Tokens x (B, T, width) of some cells, condition (B, cells, width) -> (B, T, width).
 
-        rotary: the tables of `rotate` for these tokens. mask, in training: bool (T, T), which keys
-        each query may see. cache, in sampling: see `attend`.
+        rotary: the tables of `rotate`. mask, in training: bool (T, T), which keys each query may
+        see. cache, in sampling: see `attend`.
         """
         modulation = self.adaln(F.silu(condition))[:, :, None]  # (B, cells, 1, 6 * width)
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=3)
@@ -982,10 +944,7 @@ class XARBlock(nn.Module):
 
 
 class XAR(nn.Module):
-    """The generator. Latents are float (B, 2 d, h, w), h = w = config.grid_size, d its code_dim.
-
-    Inside, they stand cell by cell, (B, cells, tokens a cell, 2 d).
-    """
+    """The generator of latents float (B, 2 d, h, w); inside, (B, cells, tokens a cell, 2 d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -1006,7 +965,7 @@ class XAR(nn.Module):
         )
         self.initialise()
 
-        # Where the tokens of the cells stand in the grid: cell by cell, row by row inside a cell.
+        # Where tokens stand in the grid: cell by cell, row by row inside a cell.
         grid = torch.arange(c.grid_size**2)
         rows = c.grid_size // c.cell
         order = grid.view(rows, c.cell, rows, c.cell).transpose(1, 2).flatten()  # (T,)
@@ -1024,10 +983,7 @@ class XAR(nn.Module):
         self.register_buffer("latent_std", torch.ones(()))
 
     def initialise(self):
-        """As xAR's code: Xavier's weights, biases of 0.
-
-        Ours, after DiT: AdaLN's weights are 0, too, so that a block begins by adding nothing.
-        """
+        """Xavier's weights, biases of 0. Ours, after DiT: AdaLN's weights are 0, too."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -1050,10 +1006,7 @@ class XAR(nn.Module):
     # Training: all cells in one pass, each noised at its own time.
 
     def loss(self, latents, labels, draws=None):
-        """Flow matching with noisy context: latents, labels int64 (B,) -> mean squared error.
-
-        draws: what self.draw(B, device) gives, drawn here unless given.
-        """
+        """Flow matching with noisy context: latents, labels int64 (B,) -> mean squared error."""
         side = self.config.grid_size
         check_tensor("latents", latents, (None, self.channels, side, side))
         check_tensor("labels", labels, (len(latents),), integers=True)
@@ -1074,15 +1027,12 @@ class XAR(nn.Module):
         return t, noise, hidden
 
     def velocity(self, z, t, labels, first_cell=0, caches=None):
-        """Cells z (B, k, tokens a cell, 2 d) at times t (B, k), labels (B,) -> their velocities.
-
-        See `run_blocks`.
-        """
+        """Cells z (B, k, tokens a cell, 2 d) at times t (B, k), labels (B,) -> their velocities."""
         x = self.run_blocks(z, t, labels, first_cell, caches)
         return self.proj_out(rms_norm(x)).float().view(z.shape)
 
     def run_blocks(self, z, t, labels, first_cell=0, caches=None):
-        """As `velocity`, without the output layer -> (B, k * tokens a cell, width).
+        """The same without the output layer -> (B, k * tokens a cell, width).
 
         In training z holds all cells, under the block-causal mask. In sampling it holds one,
         first_cell, which sees the earlier ones through caches, (keys, values) for each block.
@@ -1171,12 +1121,10 @@ class XAR(nn.Module):
 # So GloTok is not the only relational one, but the only one whose relations leave the batch.
 #
 # Both read the straight-through semantic codes: their gradient passes the quantizer to the encoder.
-# f are the teacher's features, without gradient, and D is their number of channels. What keeps
-# codes in use (section 8) stays on for every method, so that they differ in their supervision
-# alone. (FQGAN adds two losses that have no teacher; they are not here.)
+# f are the teacher's features, and D is their number of channels. What keeps codes in use (section
+# 8) stays on for every method. (FQGAN adds two losses that have no teacher; they are not here.)
 
-# Channels of the features of the networks that can be teachers.
-TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}
+TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}  # D
 
 # FQGAN (Bai et al. 2024, arXiv 2411.16681): one vector an image. A head predicts the teacher's from
 # the semantic codes; both to unit length, S_ij = <prediction_i, target_j>. Its InfoNCE is the
@@ -1185,20 +1133,14 @@ TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}
 #     L_contrastive = mean over i of -log(exp S_ii / sum over j of exp S_ij),
 #
 # without temperature: S lies in [-1, 1], so even a perfect match leaves most of the loss. The batch
-# is that of one process, as in FQGAN, and here of one micro-batch. FQGAN's target is CLIP's class
-# token (the output at an extra input that stands for the whole image); ours DINOv2's, or the mean
-# of the convnet's features.
+# is one process's micro-batch. FQGAN's target is CLIP's class token (the output at an extra input
+# that stands for the whole image); ours DINOv2's, or the mean of the convnet's features.
 
 FQGAN_WEIGHT = 0.5  # as published
 
 
 class ContrastiveHead(nn.Module):
-    """Semantic codes (B, T, d) -> a prediction of the teacher's vector, (B, D).
-
-    FQGAN's: each code through linear, ReLU, linear to the teacher's width; a class token in front
-    of the row; learned positions; 3 layers of 8 heads between two LayerNorms; the answer stands at
-    the class token.
-    """
+    """FQGAN's head: semantic codes (B, T, d) -> a prediction of the teacher's vector, (B, D)."""
 
     def __init__(self, d, width, side):
         super().__init__()
@@ -1206,13 +1148,13 @@ class ContrastiveHead(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + side**2, width))
         self.norm_in = nn.LayerNorm(width)
-        self.layers = nn.Sequential(*[self.layer(width) for _ in range(3)])
+        self.layers = nn.Sequential()
+        for _ in range(3):
+            layer = nn.TransformerEncoderLayer(
+                width, 8, 4 * width, dropout=0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.layers.append(layer)
         self.norm_out = nn.LayerNorm(width)
-
-    def layer(self, width):
-        return nn.TransformerEncoderLayer(
-            width, 8, 4 * width, dropout=0, activation="gelu", batch_first=True, norm_first=True
-        )
 
     def forward(self, codes):
         x = self.proj(codes)  # (B, T, D)
@@ -1223,12 +1165,8 @@ class ContrastiveHead(nn.Module):
 
 
 def contrastive_loss(prediction, target):
-    """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats.
-
-    ValueError if B is 1: with nothing to tell apart the loss is always 0.
-    """
-    if len(prediction) < 2:
-        raise ValueError("InfoNCE tells the images of a batch apart, and there is 1 in a batch")
+    """InfoNCE of predictions (B, D) and the teacher's vectors (B, D), a scalar, nats."""
+    check(len(prediction) > 1, "InfoNCE tells the images of a batch apart: it needs more than 1")
     with full_precision(prediction.device):
         prediction = F.normalize(prediction.float(), dim=1)
         target = F.normalize(target.detach().float(), dim=1)
@@ -1244,9 +1182,9 @@ def contrastive_loss(prediction, target):
 #     L_mcos = mean over images and i of relu(1 - 0.5 - cos(z'_i, f_i))
 #     L_vf   = L_mdms + L_mcos
 #
-# Its weight is 0.1 times a ratio of gradients at the last layer before the latent: the norm of that
-# of l_R L_R + l_P L_P over the norm of that of L_vf (total_loss). VA-VAE's latent is continuous;
-# ours is the quantized one, which is what the decoder gets.
+# Its weight is 0.1 times a ratio of gradients at the last layer before the latent, those of
+# l_R L_R + l_P L_P and of L_vf (total_loss). VA-VAE's latent is continuous; ours is the quantized
+# one, which is what the decoder gets.
 
 VAVAE_WEIGHT = 0.1  # as published
 
@@ -1281,9 +1219,8 @@ def conv(c_in, c_out, kernel=3, stride=1):
 class GroupNorm(nn.GroupNorm):
     """Group norm of up to 32 groups, in the type of its input.
 
-    Autocast would cast the input to float32, and the output back, though the kernel adds up in
-    float32 anyway: on one H200 that was a seventh of a step of imagenet256 and a third of its
-    memory.
+    Autocast would cast the input to float32, though the kernel adds up in float32 anyway: on one
+    H200 that was a seventh of a step of imagenet256 and a third of its memory.
     """
 
     def __init__(self, channels):
@@ -1343,7 +1280,7 @@ def middle(channels):
 
 
 def level(c_in, c_out, blocks, attention):
-    """The residual blocks of one resolution, each followed by attention if asked for."""
+    """The residual blocks of one resolution, each followed by attention or not."""
     layers = []
     for i in range(blocks):
         layers.append(ResBlock(c_in if i == 0 else c_out, c_out))
@@ -1405,8 +1342,7 @@ def discriminator(c):
     return nn.Sequential(*layers)
 
 
-# Two published networks. Their state-dict names are those of the published files, so that these
-# load as they are; until then the weights are random.
+# Two published networks, with the state-dict names of the published files.
 
 
 class LPIPS(nn.Module):
@@ -1463,8 +1399,7 @@ class LPIPS(nn.Module):
 class DINOv2(nn.Module):
     """Oquab et al. 2023, ViT-S/14: RGB in [0, 1], (B, 3, H, W), H and W multiples of 14 -> tokens.
 
-    The result is (B, 1 + H * W / 196, 384), the class token and the patch tokens, after the last
-    norm.
+    (B, 1 + H * W / 196, 384): the class token and the patch tokens, after the last norm.
     """
 
     GRID = 37  # patches each way that the position embedding was made for
@@ -1564,15 +1499,10 @@ class ConvNet(nn.Module):
 # where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. The batch is what one
 # process sees at once. If that has few more features than there are codes, some codes are unused by
 # chance however evenly they are used, and the pull never quite ends.
-#
-# revive_every 0 and lambda_coverage 0 switch them off.
 
 
 def coverage_loss(z, index, codebook):
-    """Unit features z (B, T, d), their indices (B, T), codebook (n, d) -> L_coverage, a scalar.
-
-    It moves the features alone.
-    """
+    """Unit features z (B, T, d), their indices (B, T), codebook (n, d) -> L_coverage, a scalar."""
     z = z.flatten(0, 1)  # (B * T, d)
     codes = codebook.detach()  # (n, d)
     unused = torch.ones(len(codes), device=z.device).index_fill(0, index.flatten(), 0)
@@ -1699,73 +1629,64 @@ class Config:
         size = self.image_size
         least = 3 * 2 ** discriminator_halvings(size)  # two further convolutions take a pixel each
         local = self.semantic in ("fqgan", "vavae")
-        for wrong, message in (
-            (self.semantic not in ("global", "fqgan", "vavae", "none"), "semantic: no such method"),
-            (self.precision not in ("auto", "bf16", "float32"), "precision: auto, bf16 or float32"),
-            (self.compile not in ("auto", "on", "off"), "compile: auto, on or off"),
-            (
-                size % self.downsampling,
-                f"image_size: no multiple of {self.downsampling}, a token's",
-            ),
-            (self.width % self.heads, "width: no multiple of heads"),
-            (self.grid_size % self.cell, f"cell: does not divide the grid of {self.grid_size}"),
-            (self.gen_width % (4 * self.gen_heads), "gen_width: no multiple of 4 gen_heads"),
-            (self.lambda_adv and size < least, f"image_size: the discriminator takes {least}"),
-            (self.lambda_perceptual and size < 16, "image_size: LPIPS takes 16"),
-            (local and self.teacher not in TEACHER_WIDTH, "teacher: semantic wants a network"),
-            (local and self.codes_sem == 1, "codes_sem: with one code there is nothing to teach"),
-            (self.gen_lr_end > self.gen_lr, "gen_lr_end: above gen_lr"),
-        ):
-            if wrong:
-                raise ValueError(message)
+        check(local or self.semantic in ("global", "none"), "semantic: no such method")
+        check(self.precision in ("auto", "bf16", "float32"), "precision: auto, bf16 or float32")
+        check(self.compile in ("auto", "on", "off"), "compile: auto, on or off")
+        check(size % self.downsampling == 0, f"image_size: no multiple of {self.downsampling}")
+        check(self.width % self.heads == 0, "width: no multiple of heads")
+        check(self.grid_size % self.cell == 0, f"cell: does not divide {self.grid_size}, the grid")
+        check(self.gen_width % (4 * self.gen_heads) == 0, "gen_width: no multiple of 4 gen_heads")
+        check(self.lambda_adv == 0 or size >= least, f"image_size: discriminator takes {least}")
+        check(self.lambda_perceptual == 0 or size >= 16, "image_size: LPIPS takes 16")
+        check(not local or self.teacher in TEACHER_WIDTH, "teacher: semantic wants a network")
+        check(not local or self.codes_sem > 1, "codes_sem: with one there is nothing to teach")
+        check(self.gen_lr_end <= self.gen_lr, "gen_lr_end: above gen_lr")
         check_guidance(self.label_dropout, self.guidance)
+
+
+def check(good, message):
+    if not good:
+        raise ValueError(message)
 
 
 def check_field(f, value):
     """ValueError unless value has the type and lies in the range of the Config field f."""
     kind = type(f.default)
     accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or value == ():
-        raise ValueError(f"{f.name} is {value!r}: it must be of type {kind.__name__}")
+    good = isinstance(value, accepted) and value != ()
+    check(good, f"{f.name} is {value!r}: it must be of type {kind.__name__}")
     if kind is str:
         return
     low, high = f.metadata["low"], f.metadata["high"]
     for number in value if kind is tuple else [value]:
-        if kind is tuple and not isinstance(number, int):
-            raise ValueError(f"{f.name} is {value!r}: it must hold whole numbers")
-        if not low <= number <= high:  # NaN fails every comparison
-            raise ValueError(f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
+        whole = kind is float or isinstance(number, int)
+        good = whole and low <= number <= high  # NaN fails every comparison
+        check(good, f"{f.name} is {number}: it must lie in [{low:g}, {high:g}]")
 
 
 def check_guidance(label_dropout, guidance):
-    """ValueError if one of the two velocities that guidance combines was never learned."""
-    if guidance != 1 and label_dropout in (0, 1):
-        raise ValueError(f"guidance must be 1, none: label_dropout is {label_dropout:g}")
+    """Guidance combines two velocities, and both must have been learned."""
+    learned = 0 < label_dropout < 1
+    check(learned or guidance == 1, f"guidance must be 1: label_dropout is {label_dropout:g}")
 
 
 def check_tensor(name, x, shape, integers=False):
-    """ValueError, in one line, unless x is a tensor of floats, or integers, of this shape.
-
-    None in `shape` is any size but 0. Called where a user hands a tensor over.
-    """
+    """ValueError unless x is a tensor of floats, or int64, of this shape; None: any size but 0."""
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     kind = "int64" if integers else "float"
     found = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-    message = f"{name} must be a tensor of {kind} ({wanted}), not {found}"
-    if not torch.is_tensor(x) or x.dim() != len(shape) or x.numel() == 0:
-        raise ValueError(message)
-    if x.dtype != torch.int64 if integers else not x.is_floating_point():
-        raise ValueError(message)
-    if any(size not in (None, actual) for size, actual in zip(shape, x.shape)):
-        raise ValueError(message)
+    good = torch.is_tensor(x) and x.dim() == len(shape) and x.numel() > 0
+    good = good and (x.dtype == torch.int64 if integers else x.is_floating_point())
+    good = good and all(size in (None, actual) for size, actual in zip(shape, x.shape))
+    check(good, f"{name} must be a tensor of {kind} ({wanted}), not {found}")
 
 
 # Each preset names what differs from the one that it replaces.
 
-SHAPES = Config()  # 8 x 8 tokens
+PRESETS = {"shapes": Config()}  # 32x32 drawn pictures, 8x8 tokens: a CPU, minutes
 
-CIFAR10_SMALL = replace(  # 8 x 8 tokens
-    SHAPES,
+PRESETS["cifar10-small"] = replace(  # 32x32 photographs, 8x8 tokens: a CPU
+    PRESETS["shapes"],
     data="cifar10",
     teacher_centres=2048,
     channels=32,
@@ -1780,7 +1701,6 @@ CIFAR10_SMALL = replace(  # 8 x 8 tokens
     gen_layers=6,
     time_shift=0.0,
     guidance_first=1.0,
-    generator_steps=3000,
     gen_batch=32,
     gen_lr=2e-3,
     gen_warmup=100,
@@ -1791,8 +1711,8 @@ CIFAR10_SMALL = replace(  # 8 x 8 tokens
     eval_images=2000,
 )
 
-IMAGENETTE_SMALL = replace(  # 16 x 16 tokens
-    CIFAR10_SMALL,
+PRESETS["imagenette-small"] = replace(  # 64x64 photographs, 16x16 tokens: a CPU
+    PRESETS["cifar10-small"],
     data="imagenette",
     teacher_centres=1024,
     image_size=64,
@@ -1804,8 +1724,8 @@ IMAGENETTE_SMALL = replace(  # 16 x 16 tokens
     eval_images=3925,
 )
 
-CIFAR10 = replace(  # 8 x 8 tokens
-    CIFAR10_SMALL,
+PRESETS["cifar10"] = replace(  # 32x32 photographs, 8x8 tokens: one GPU
+    PRESETS["cifar10-small"],
     patch=1,
     channel_mult=(1, 2, 4),
     res_blocks=2,
@@ -1832,8 +1752,8 @@ CIFAR10 = replace(  # 8 x 8 tokens
     save_every=500,
 )
 
-IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
-    CIFAR10,
+PRESETS["imagenette"] = replace(  # 128x128, 16x16 tokens, every loss of (3): one GPU
+    PRESETS["cifar10"],
     data="imagenette",
     teacher="dinov2",
     image_size=128,
@@ -1870,8 +1790,8 @@ IMAGENETTE = replace(  # 16 x 16 tokens, every loss of eq. (3)
 # From section 4.1 and, where that is silent, from the code that the paper builds on: FQGAN for the
 # tokenizer, xAR-B for the generator. (H: gen_width 1280, gen_layers 40, gen_heads 16, guidance 2.2,
 # sampling_steps 50.) Ours are teacher_centres, lambda_coverage and revive_every.
-IMAGENET256 = replace(
-    IMAGENETTE,
+PRESETS["imagenet256"] = replace(  # GloTok of tables 1 and 2
+    PRESETS["imagenette"],
     data="imagenet",  # a folder of that name, or --data
     teacher_centres=4096,  # 4 a class, so 4,000
     teacher_by_class=1,  # section 3.3: as VQGAN-LC
@@ -1903,19 +1823,9 @@ IMAGENET256 = replace(
     save_every=2000,
 )
 
-IMAGENET256_2X = replace(
-    IMAGENET256,
+PRESETS["imagenet256-2x"] = replace(  # GloTok(2x)
+    PRESETS["imagenet256"],
     teacher_centres=16384,  # 16 a class, so 16,000
     codes_sem=16384,
     codes_vis=16384,
 )
-
-PRESETS = {
-    "shapes": SHAPES,  # 32x32 drawn pictures, a CPU, minutes
-    "cifar10-small": CIFAR10_SMALL,  # 32x32 photographs, a CPU
-    "imagenette-small": IMAGENETTE_SMALL,  # 64x64 photographs, a CPU
-    "cifar10": CIFAR10,  # 32x32 photographs, one GPU
-    "imagenette": IMAGENETTE,  # 128x128 photographs, one GPU
-    "imagenet256": IMAGENET256,  # GloTok of tables 1 and 2
-    "imagenet256-2x": IMAGENET256_2X,  # GloTok(2x)
-}

@@ -31,8 +31,6 @@ The map of this file. An equation's number in parentheses stands beside the code
      9  settings                            Config, PRESETS: `c` in the code before is a Config
 
 "Paper silent" marks what the paper leaves open and we chose. sg[.] is its stop-gradient, .detach().
-This file needs torch alone. Beside it train.py trains, sample.py makes pictures and figures, and
-fid.py measures.
 """
 
 import contextlib
@@ -61,8 +59,7 @@ from torch.autograd.function import once_differentiable
 #
 # beta < 1 because the codebook should do most of the walking. (Paper silent: beta. FQGAN has 0.25.
 # A widely copied bug has beta on the first term.) The decoder's gradient crosses the gap unchanged,
-# "straight through": the value is Zhat, the gradient goes to Z as if quantization were the
-# identity.
+# "straight through": the value is Zhat, and the gradient goes to Z.
 
 
 @contextlib.contextmanager
@@ -112,10 +109,10 @@ class Quantizer(nn.Module):
     def __init__(self, n, d, beta):
         super().__init__()
         self.beta = beta
-        # The codebook before normalisation: Adam moves it freely, `codebook` puts it on the sphere.
+        # Adam moves it freely; `codebook` puts it on the sphere.
         self.weight = nn.Parameter(F.normalize(torch.randn(n, d), dim=1))
-        # Training images since each code was last chosen (at first: long ago), and the features of
-        # the last batch. For `revive` (section 8) and the log.
+        # Training images since each code was last chosen, and the features of the last batch: for
+        # `revive` (section 8).
         self.register_buffer("age", torch.full((n,), 2**40))
         self.last_features = None
 
@@ -166,9 +163,8 @@ class Quantizer(nn.Module):
 # gradient, and keeps log P finite in the last bins. If there are fewer codes than the teacher has
 # centres, the student's share is larger: a small effect.
 #
-# Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres, or
-# the histogram would favour some places. By Poisson summation, an endless row of Gaussians a
-# distance w = 2 / (N - 1) apart adds up to
+# Paper silent: alpha. A similarity should weigh the same wherever it falls between two centres. By
+# Poisson summation, an endless row of Gaussians a distance w = 2 / (N - 1) apart adds up to
 #
 #     sum_k exp(-alpha (x - k w)^2)
 #         = sqrt(pi / alpha) / w * (1 + 2 exp(-pi^2 / (alpha w^2)) cos(2 pi x / w) + ...).
@@ -367,8 +363,7 @@ def histogram_floor(teacher, n, d, steps=300):
 
 # ---- The fast form of (6)
 #
-# The same without N exponentials a pair. All M similarities act on the loss through N numbers, and
-# the loss acts back on each of them by one scalar:
+# All M similarities act on the loss through N numbers, and the loss acts back on each by a scalar:
 #
 #     dL/dx = sum_k (dL/dp_k) f_k'(x) = g(x),     f_k(x) = exp(-alpha (x - B_k)^2),
 #
@@ -383,7 +378,7 @@ def histogram_floor(teacher, n, d, steps=300):
 # point, by 1 / TABLE at most, changes its weight in (6) by at most max |f'| / TABLE =
 # sqrt(2 alpha / e) / TABLE = 1.3e-4, against a peak weight of 1, and its force by at most
 # max |f''| / TABLE = 2 alpha / TABLE = 6e-3 for each unit of dL/dp_k, against a largest |f'| of 17.
-# Averaged over many pairs both are far less, as signs cancel.
+# Over many pairs signs cancel.
 
 TABLE = 2**17
 BAND = {"cpu": 2**20, "cuda": 2**24}  # similarities at once: few fit a cache, many fill a GPU
@@ -445,8 +440,7 @@ class SmoothedHistogram(torch.autograd.Function):
             for a, b, point in similarity_bands(t.nan_to_num()):
                 g = force.index_select(0, point.flatten()).view(point.shape)  # (b - a, n)
                 out[a:b] = g @ t
-        # The sum has g(1) t_i for the pair of t_i with itself. It does not matter: that force is
-        # along t_i, and the normalisation that made t_i a unit vector removes it.
+        # t_i's pair with itself adds a force along t_i, which the normalisation removes.
         return out, None, None
 
 
@@ -484,8 +478,7 @@ def used_histogram(codes, counts, bins=40):
 # 3. The residual module: the idea of (8)-(12), the network of (8) and (9)
 # ================================================================================================
 # Quantization error is not noise: a code's neighbours in the grid say much about where in its
-# Voronoi cell a feature lay. One transformer block reads all codes of one kind and predicts the
-# missing part,
+# Voronoi cell a feature lay. One transformer block reads all codes of a kind and predicts the rest,
 #
 #     Zres_sem = R_sem(Zhat_sem)                                                               (8)
 #     Zres_vis = R_vis(Zhat_vis)                                                               (9)
@@ -502,7 +495,7 @@ def used_histogram(codes, counts, bins=40):
 # the unit vector that was quantized; Zhat + Zres is not put back on the sphere.
 #
 # Paper silent: how a block meets 8-d codes, and where positions enter. Here: linear maps to the
-# block's width and back, learned positions added after the first; xAR's block without condition.
+# block's width and back, learned positions added after the first.
 
 
 class Attention(nn.Module):
@@ -559,16 +552,15 @@ class Transformer(nn.Module):
     With one block and d_in = d_out it is R_sem or R_vis, with several an adapter.
     """
 
-    def __init__(self, d_in, d_out, width, heads, layers, tokens):
+    def __init__(self, c, d_in, d_out, layers):
         super().__init__()
-        self.proj_in = nn.Linear(d_in, width)
-        self.proj_out = nn.Linear(width, d_out)
-        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.proj_in = nn.Linear(d_in, c.width)
+        self.proj_out = nn.Linear(c.width, d_out)
+        self.position = nn.Parameter(0.02 * torch.randn(1, c.grid_size**2, c.width))
+        self.blocks = nn.Sequential(*[Block(c.width, c.heads) for _ in range(layers)])
 
     def forward(self, x):
-        x = self.proj_in(x) + self.position  # (B, T, width)
-        x = self.blocks(x)
+        x = self.blocks(self.proj_in(x) + self.position)  # (B, T, width)
         return self.proj_out(rms_norm(x))
 
 
@@ -604,21 +596,16 @@ class GloTok(nn.Module):
             self.semantic_head = nn.Linear(c.code_dim, TEACHER_WIDTH[c.teacher])
 
     def make_adapter(self):
-        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d).
-
-        Paper silent. One linear map, or a transformer, in the paper's presets as deep and wide as
-        FQGAN's.
-        """
+        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d). Paper silent; the depth is FQGAN's."""
         c = self.config
         if c.adapter_layers == 0:
             return nn.Linear(c.z_channels, c.code_dim)
-        tokens = c.grid_size**2
-        return Transformer(c.z_channels, c.code_dim, c.width, c.heads, c.adapter_layers, tokens)
+        return Transformer(c, c.z_channels, c.code_dim, c.adapter_layers)
 
     def make_residual_module(self):
         """R_sem or R_vis of (8), (9). It starts by adding nothing."""
         c = self.config
-        module = Transformer(c.code_dim, c.code_dim, c.width, c.heads, 1, c.grid_size**2)
+        module = Transformer(c, c.code_dim, c.code_dim, layers=1)
         nn.init.zeros_(module.proj_out.weight)
         nn.init.zeros_(module.proj_out.bias)
         return module
@@ -663,10 +650,9 @@ class GloTok(nn.Module):
 
         residual_sem = F.mse_loss(zhat_sem + zres_sem, z_sem.detach())  # (10)
         residual_vis = F.mse_loss(zhat_vis + zres_vis, z_vis.detach())  # (10)
-        losses = {
-            "quantize": quantize_sem + quantize_vis,
-            "residual": residual_sem + residual_vis,
-        }
+        losses = {}
+        losses["quantize"] = quantize_sem + quantize_vis
+        losses["residual"] = residual_sem + residual_vis
         if c.lambda_coverage:
             losses["coverage"] = coverage_loss(z_sem, index_sem, self.codebook_sem)
 
@@ -747,7 +733,7 @@ class GloTok(nn.Module):
 # the same time to tell x from xhat. Its own loss is the hinge: real patches above 1, fake ones
 # below -1, no credit for more. Paper silent on all weights but l_res and l_hist (l_R is 1 here),
 # and on when the discriminator enters: late, since early, blurred reconstructions are so easily
-# told from true pictures that its answers teach little. Untrained as it is then, l_G grows from 0.
+# told from true pictures that its answers teach little. It is untrained then: l_G grows from 0.
 #
 # A training step (train.py):
 #
@@ -819,10 +805,9 @@ def discriminator_loss(disc, recon, x):
 #
 #     z_t = (1 - t) z_0 + t eps.
 #
-# A particle on it moves at the velocity eps - z_0. Regress a network on that, v(z_t, t) ~ eps -
-# z_0: the least-squares answer is the mean velocity of all lines through z_t, and following
-# dz/dt = v from noise at t = 1 down to t = 0 carries noise to data, since a flow with the mean
-# velocity moves the whole density as the lines do.
+# A particle on it moves at the velocity eps - z_0. A network v(z_t, t) regressed on that gives the
+# mean velocity of all lines through z_t. Following dz/dt = v from t = 1 down to t = 0 carries noise
+# to data, since a flow with the mean velocity moves the whole density as the lines do.
 #
 # The score comes free. For a fixed z_0, z_t is Gaussian with mean (1 - t) z_0 and standard
 # deviation t, so grad log p(z_t | z_0) = -(z_t - (1 - t) z_0) / t^2 = -eps / t. The score of the
@@ -841,8 +826,7 @@ def discriminator_loss(disc, recon, x):
 # Exposure bias. Teacher forcing shows cell k the true cells before it; at sampling it sees its
 # own, imperfect ones. xAR noises every cell at its own t and lets cell k see the noisy ones: a
 # model that has learned to work from a damaged context is not thrown off by its own mistakes. One
-# pass under a block-causal mask trains all cells. (At sampling the finished cells are shown at
-# t = 0, as in xAR, a level that the logit-normal draw of t hardly ever gives.)
+# pass under a block-causal mask trains all cells. At sampling finished cells are shown at t = 0.
 #
 # Classifier-free guidance. By Bayes, grad log p(y | z) = s(z | y) - s(z) for a label y: the
 # difference of the scores with and without it points to where the label is more certain. At each t
@@ -862,21 +846,17 @@ def discriminator_loss(disc, recon, x):
 # dimensions half of the pairs turn with the row, half with the column.
 
 
-def rotary_angles(positions, head_width):
-    """(row, column) of each token, float (T, 2) -> angles (T, head_width / 2)."""
-    frequencies = 10000 ** (-torch.arange(head_width // 4) / (head_width // 4))
-    return (positions[:, :, None] * frequencies).flatten(1)
-
-
-def rotary_tables(angles):
-    """Angles (T, D / 2) -> what `rotate` multiplies with, two tensors (T, 1, 1, D)."""
+def rotary_tables(positions, width):
+    """(row, column) of each token, float (T, 2) -> what `rotate` needs, two (T, 1, 1, width)."""
+    frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4))
+    angles = (positions[:, :, None] * frequencies).flatten(1)  # (T, width / 2)
     cos = angles.cos()
     sin = angles.sin()
     return torch.cat([cos, cos], 1)[:, None, None], torch.cat([-sin, sin], 1)[:, None, None]
 
 
 def rotate(x, cos, sin):
-    """Turn the channel pairs (i, D / 2 + i) of x (B, T, ..., ..., D); cos, sin: rotary_tables."""
+    """Turn the channel pairs (i, D / 2 + i) of x (B, T, ..., heads, D)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -963,34 +943,29 @@ class XAR(nn.Module):
         self.blocks = nn.ModuleList(
             XARBlock(width, c.gen_heads, c.gen_dropout) for _ in range(c.gen_layers)
         )
-        self.initialise()
+        for module in self.modules():  # Xavier's weights, biases of 0
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embedding.weight, 0, 0.02)
+        for block in self.blocks:  # ours, after DiT
+            nn.init.zeros_(block.adaln.weight)
 
         # Where tokens stand in the grid: cell by cell, row by row inside a cell.
         grid = torch.arange(c.grid_size**2)
         rows = c.grid_size // c.cell
         order = grid.view(rows, c.cell, rows, c.cell).transpose(1, 2).flatten()  # (T,)
         positions = torch.stack([order // c.grid_size, order % c.grid_size], dim=1).float()
-        angles = rotary_angles(positions, width // c.gen_heads)
+        cos, sin = rotary_tables(positions, width // c.gen_heads)
         cell_of_token = torch.arange(self.cells).repeat_interleave(self.tokens_per_cell)
         mask = cell_of_token[:, None] >= cell_of_token[None, :]  # itself and the cells before it
         self.register_buffer("order", order, persistent=False)
-        cos, sin = rotary_tables(angles)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        # Paper silent: the scale of the latents. Flow matching wants a deviation near 1, so we
-        # divide them by their standard deviation, one number, which train.py sets.
+        # Paper silent: the scale of the latents. We divide them by their standard deviation, one
+        # number, which train.py sets.
         self.register_buffer("latent_std", torch.ones(()))
-
-    def initialise(self):
-        """Xavier's weights, biases of 0. Ours, after DiT: AdaLN's weights are 0, too."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embedding.weight, 0, 0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaln.weight)
 
     def to_cells(self, z):
         """(B, C, h, w) -> (B, cells, tokens a cell, C)."""
@@ -1005,12 +980,12 @@ class XAR(nn.Module):
 
     # Training: all cells in one pass, each noised at its own time.
 
-    def loss(self, latents, labels, draws=None):
+    def loss(self, latents, labels):
         """Flow matching with noisy context: latents, labels int64 (B,) -> mean squared error."""
         side = self.config.grid_size
         check_tensor("latents", latents, (None, self.channels, side, side))
         check_tensor("labels", labels, (len(latents),), integers=True)
-        t, noise, hidden = draws or self.draw(len(latents), latents.device)
+        t, noise, hidden = self.draw(len(latents), latents.device)
         z = self.to_cells(latents.float() / self.latent_std)
         labels = torch.where(hidden, self.config.classes, labels)
         z_t = torch.lerp(z, noise, t[:, :, None, None])  # (1 - t) z + t eps
@@ -1018,8 +993,8 @@ class XAR(nn.Module):
 
     def draw(self, batch, device):
         """The random numbers of a training step: times, noise, and which labels to hide."""
-        # The logit of t is normal (xAR: with mean 0). Few t then lie near 1, where the shape of a
-        # picture is decided, and a short run learns that last: it moves the mean by time_shift.
+        # The logit of t is normal; xAR's has mean 0. Few t then lie near 1, where the shape of a
+        # picture is decided: a short run needs more of them.
         normal = torch.randn(batch, self.cells, device=device)
         t = (normal + self.config.time_shift).sigmoid()
         noise = torch.randn(batch, self.cells, self.tokens_per_cell, self.channels, device=device)
@@ -1055,10 +1030,9 @@ class XAR(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels, steps=25, guidance=1.0):
-        """Labels int64 (B,) -> latents. Noise comes from the global random generator.
+        """Labels int64 (B,) -> latents. Draws from the global random generator.
 
-        `guidance` is the last cell's. The first has as much, but at most config.guidance_first,
-        1 in xAR; after a run as short as preset shapes that leaves pictures without a shape.
+        `guidance` is the last cell's. The first has as much, but at most config.guidance_first.
         """
         check_tensor("labels", labels, (None,), integers=True)
         c = self.config
@@ -1075,7 +1049,7 @@ class XAR(nn.Module):
             ramp = cell / max(self.cells - 1, 1)
             strength = first + (guidance - first) * ramp
             z = self.sample_cell(both, cell, caches, steps, strength)
-            if cell < self.cells - 1:  # nobody looks at the last
+            if cell < self.cells - 1:  # its clean keys and values, for the cells after it
                 clean = torch.zeros(len(both), 1, device=z.device)
                 self.run_blocks(z.repeat(2, 1, 1, 1), clean, both, cell, caches)
             cells.append(z)
@@ -1084,8 +1058,7 @@ class XAR(nn.Module):
     def sample_cell(self, both, cell, caches, steps, strength):
         """One cell from noise, (B, 1, tokens a cell, 2 d), for both = labels and "no label" (2B,).
 
-        t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code. Euler's
-        steps; with config.stochastic Euler-Maruyama's, the last without noise.
+        t falls from 1 to 0.04 in steps - 1 steps, then to 0 in one, as in xAR's code.
         """
         batch = len(both) // 2
         z = torch.randn(batch, 1, self.tokens_per_cell, self.channels, device=both.device)
@@ -1096,12 +1069,12 @@ class XAR(nn.Module):
             v = self.velocity(z.repeat(2, 1, 1, 1), now, both, cell, caches)
             with_label, without = v.chunk(2)
             v = without + strength * (with_label - without)
-            if self.config.stochastic:
+            if self.config.stochastic:  # Euler-Maruyama
                 score = -(z + (1 - t) * v) / t
                 z = z + (v - t * score) * dt
-                if t_next > 0:
+                if t_next > 0:  # the last step has no noise
                     z = z + math.sqrt(2 * t * -dt) * torch.randn_like(z)
-            else:
+            else:  # Euler
                 z = z + v * dt
         return z
 
@@ -1190,12 +1163,9 @@ VAVAE_WEIGHT = 0.1  # as published
 
 
 def vf_loss(projected, maps):
-    """Projected codes z' (B, T, D), the teacher's maps (B, D, h', w') -> L_vf, a scalar.
-
-    The maps are averaged over each token's area.
-    """
+    """Projected codes z' (B, T, D), the teacher's maps (B, D, h', w') -> L_vf, a scalar."""
     side = math.isqrt(projected.shape[1])
-    maps = F.adaptive_avg_pool2d(maps.detach().float(), side)  # (B, D, h, w)
+    maps = F.adaptive_avg_pool2d(maps.detach().float(), side)  # (B, D, h, w), a mean for each token
     with full_precision(projected.device):
         target = F.normalize(maps.flatten(2).transpose(1, 2), dim=2)  # (B, T, D)
         z = F.normalize(projected.float(), dim=2)
@@ -1270,11 +1240,6 @@ def downsample(channels):
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(channels, channels, stride=2))
 
 
-def upsample(channels):
-    """Double (B, c, H, W): nearest neighbour, then a convolution."""
-    return [nn.Upsample(scale_factor=2), conv(channels, channels)]
-
-
 def middle(channels):
     return [ResBlock(channels, channels), SpatialAttention(channels), ResBlock(channels, channels)]
 
@@ -1314,19 +1279,14 @@ def decoder(c):
         layers += level(width, c_out, c.res_blocks + 1, attention=i == lowest)
         width = c_out
         if i > 0:
-            layers += upsample(width)
+            layers += [nn.Upsample(scale_factor=2), conv(width, width)]  # nearest neighbour
     layers += [GroupNorm(width), nn.SiLU(), conv(width, 3 * c.patch**2), nn.PixelShuffle(c.patch)]
     return nn.Sequential(*layers)
 
 
-def discriminator_halvings(image_size):
-    """How often it halves the picture: 3 times (70x70 patches), below 128 pixels twice (34x34)."""
-    return 3 if image_size >= 128 else 2
-
-
 def discriminator(c):
     """PatchGAN (Isola et al. 2017): images -> a logit for each overlapping patch (B, 1, H', W')."""
-    halvings = discriminator_halvings(c.image_size)
+    halvings = 3 if c.image_size >= 128 else 2  # a patch is 70x70 or 34x34 pixels
     width = 64
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     for i in range(1, halvings + 1):
@@ -1373,17 +1333,14 @@ class LPIPS(nn.Module):
         scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        self.eval()
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def forward(self, x, y):
-        # Two passes, not one of twice as many: where y has no gradient, its pass keeps nothing.
-        heads = [self.lin0, self.lin1, self.lin2, self.lin3, self.lin4]
         distance = 0
-        for head, unit_x, unit_y in zip(heads, self.unit_features(x), self.unit_features(y)):
-            weight = head["model"][1].weight  # (1, C, 1, 1)
-            difference = weight * (unit_x - unit_y) ** 2  # (B, C, H', W')
-            distance = distance + difference.sum(1).mean((1, 2))
+        pairs = zip(self.unit_features(x), self.unit_features(y))
+        for i, (unit_x, unit_y) in enumerate(pairs):
+            weight = self.get_submodule(f"lin{i}.model.1").weight  # (1, C, 1, 1)
+            distance = distance + (weight * (unit_x - unit_y) ** 2).sum(1).mean((1, 2))
         return distance
 
     def unit_features(self, x):
@@ -1416,8 +1373,7 @@ class DINOv2(nn.Module):
         std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.eval()
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def forward(self, x):
         x = self.patch_embed["proj"]((x - self.mean) / self.std)  # (B, width, h, w)
@@ -1456,10 +1412,7 @@ class DINOv2Block(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """The offline teacher: a small classifier, a stand-in for a pre-trained vision model.
-
-    Images (B, 3, H, W) in [-1, 1], shrunk to 64 pixels if larger -> logits (B, classes).
-    """
+    """The offline teacher, a small classifier: images (B, 3, H, W) -> logits (B, classes)."""
 
     def __init__(self, classes):
         super().__init__()
@@ -1473,7 +1426,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def features(self, x):
-        """The maps before the last ReLU, (B, 64, H / 4, W / 4); of larger images those at 64x64."""
+        """The maps before the last ReLU, (B, 64, H / 4, W / 4), at most those of 64x64 pixels."""
         if x.shape[-1] > 64:
             x = F.adaptive_avg_pool2d(x, 64)
         return self.body(x)
@@ -1490,15 +1443,13 @@ class ConvNet(nn.Module):
 # (assets/evidence.md).
 #
 # For C_vis `revive` does the usual, and puts codes that nobody chose lately onto features. For
-# C_sem that would undo (7), whose business it is to say where the codes lie, so the features come
-# to the codes instead. Coverage is commitment's mirror image: as each feature wants a code near it,
-# each unused code wants a feature near it,
+# C_sem that would undo (7), which says where the codes lie, so the features come to the codes
+# instead. Coverage is commitment's mirror image: each unused code wants a feature near it,
 #
 #     L_coverage = mean over codes c of u_c min over z of ||z - sg[c]||^2 / d,
 #
-# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. The batch is what one
-# process sees at once. If that has few more features than there are codes, some codes are unused by
-# chance however evenly they are used, and the pull never quite ends.
+# where u_c is 1 if no feature z of the batch chose c, and 0 otherwise. (If a batch has few more
+# features than there are codes, some are always unused by chance, and the pull never quite ends.)
 
 
 def coverage_loss(z, index, codebook):
@@ -1513,11 +1464,7 @@ def coverage_loss(z, index, codebook):
 
 @torch.no_grad()
 def revive(quantizer, images):
-    """Move the codes that no image chose among the last `images` ones of training.
-
-    Each goes onto a random feature of the last batch. (Several processes: train.py lets all take
-    the same.)
-    """
+    """Move codes that none of the last `images` images chose onto random features of the batch."""
     features = quantizer.last_features  # (B * T, d)
     chosen = torch.randint(len(features), quantizer.age.shape, device=features.device)
     unused = (quantizer.age >= images)[:, None]  # (n, 1)
@@ -1530,16 +1477,13 @@ def revive(quantizer, images):
 
 
 def setting(default, text, low=0, high=1e9):
-    """A field of Config: its default, a line of help, and (numbers only) its permitted range."""
+    """A field of Config: its default, a line of help, and a number's range."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of models, losses and training. The defaults are preset "shapes".
-
-    ValueError if a value has the wrong type, is out of its range, or does not fit another.
-    """
+    """Every setting of models, losses and training. The defaults are preset "shapes"."""
 
     # data and teacher
     data: str = setting("shapes", "shapes, cifar10, imagenette, a folder, or an .npz of images")
@@ -1627,7 +1571,6 @@ class Config:
         for f in fields(self):
             check_field(f, getattr(self, f.name))
         size = self.image_size
-        least = 3 * 2 ** discriminator_halvings(size)  # two further convolutions take a pixel each
         local = self.semantic in ("fqgan", "vavae")
         check(local or self.semantic in ("global", "none"), "semantic: no such method")
         check(self.precision in ("auto", "bf16", "float32"), "precision: auto, bf16 or float32")
@@ -1636,7 +1579,7 @@ class Config:
         check(self.width % self.heads == 0, "width: no multiple of heads")
         check(self.grid_size % self.cell == 0, f"cell: does not divide {self.grid_size}, the grid")
         check(self.gen_width % (4 * self.gen_heads) == 0, "gen_width: no multiple of 4 gen_heads")
-        check(self.lambda_adv == 0 or size >= least, f"image_size: discriminator takes {least}")
+        check(self.lambda_adv == 0 or size >= 12, "image_size: the discriminator takes 12")
         check(self.lambda_perceptual == 0 or size >= 16, "image_size: LPIPS takes 16")
         check(not local or self.teacher in TEACHER_WIDTH, "teacher: semantic wants a network")
         check(not local or self.codes_sem > 1, "codes_sem: with one there is nothing to teach")

@@ -256,6 +256,10 @@ def test_presets_have_the_papers_settings():
         assert PRESETS[name].grid_size == side
 
 
+def count_modules(network, kind):
+    return sum(isinstance(module, kind) for module in network.modules())
+
+
 def test_paper_preset_builds_the_papers_networks():
     c = PRESETS["imagenet256"]
     with torch.device("meta"):
@@ -267,6 +271,9 @@ def test_paper_preset_builds_the_papers_networks():
     blocks = [m for m in model.encoder if isinstance(m, glotok.ResBlock)]
     channels = [block.body[2].in_channels for block in blocks]
     assert channels == [128, 128, 128, 128, 128, 256, 256, 256, 256, 512, 512, 512]
+    assert count_modules(model.decoder, glotok.ResBlock) == 5 * 3 + 2  # two in the middle
+    assert count_modules(model.encoder, glotok.SpatialAttention) == 2 + 1  # the lowest resolution
+    assert count_modules(model.decoder, glotok.SpatialAttention) == 3 + 1
     assert len(model.adapter_sem.blocks) == 6
     assert len(model.residual_sem.blocks) == 1
     first = model.decoder[0]
@@ -285,6 +292,7 @@ def through_normalization(gradient, unit, length):
 @pytest.mark.parametrize("beta", [0.25, 0.0, 1.0])
 def test_eq01_sends_each_term_to_its_own_side(beta):
     quantizer = Quantizer(5, 4, beta)
+    torch.nn.init.normal_(quantizer.weight, 0, 3)
     features = torch.randn(2, 3, 4, requires_grad=True)
     _, _, index, loss = quantizer(features)
     loss.backward()
@@ -317,14 +325,6 @@ def test_eq01_look_up_finds_the_nearest_code_in_any_chunk():
     flat = z.flatten(0, 1)
     in_chunks = glotok.nearest(flat, quantizer.codebook, max_similarities=1)
     assert torch.equal(in_chunks, nearest.flatten())
-
-
-def test_codebooks_lie_on_the_unit_sphere():
-    model = GloTok(TINY)
-    assert model.codebook_sem.shape == (16, 8)
-    assert model.codebook_vis.shape == (24, 8)
-    torch.testing.assert_close(model.codebook_sem.norm(dim=1), torch.ones(16))
-    torch.testing.assert_close(model.codebook_vis.norm(dim=1), torch.ones(24))
 
 
 def test_straight_through_is_exact_in_value_and_the_identity_in_gradient():
@@ -412,17 +412,6 @@ def alpha_of(bins):
     return 1 / w**2
 
 
-@pytest.mark.parametrize("bins", [2, 40])
-def test_eq05_bin_centres(bins):
-    expected = [-1 + 2 * k / (bins - 1) for k in range(bins)]
-    centres = glotok.bin_centres(bins, torch.zeros(1, dtype=torch.float64))
-    assert centres.dtype == torch.float64
-    np.testing.assert_allclose(centres, expected, rtol=0, atol=1e-15)
-    centres = glotok.bin_centres(bins, torch.zeros(1))
-    assert centres.dtype == torch.float32
-    np.testing.assert_allclose(centres, expected, rtol=0, atol=1e-7)
-
-
 @pytest.mark.parametrize("bins, alpha", [(40, None), (12, None), (12, 30.0)])
 def test_eq04_eq05_eq06_histograms_equal_plain_loops(bins, alpha):
     codes = torch.randn(17, 5) + 0.3
@@ -433,34 +422,18 @@ def test_eq04_eq05_eq06_histograms_equal_plain_loops(bins, alpha):
     np.testing.assert_allclose(fast, expected, atol=1e-4 * expected.max())
 
 
-@pytest.mark.parametrize("bins", [20, 40, 100])
-def test_eq06_default_alpha_gives_every_similarity_the_same_weight(bins):
+def test_eq06_default_alpha_gives_every_similarity_the_same_weight():
     """The Poisson-summation argument for alpha = 1 / w^2."""
-    alpha = glotok.default_alpha(bins)
-    assert alpha == pytest.approx(alpha_of(bins), rel=1e-12)
-    centres = np.linspace(-1, 1, bins)
-
+    centres = np.linspace(-1, 1, 40)
     x = np.linspace(-0.5, 0.5, 1001)
-    total = np.exp(-alpha * (x[:, None] - centres) ** 2).sum(1)
+    total = np.exp(-ALPHA * (x[:, None] - centres) ** 2).sum(1)
     assert total.mean() == pytest.approx(math.sqrt(math.pi), rel=1e-4)
     ripple = (total.max() - total.min()) / 2 / total.mean()
     assert ripple == pytest.approx(2 * math.exp(-(math.pi**2)), rel=0.02)
 
     # At +1 the row of bins ends: what lies beyond it is lost.
-    share = np.exp(-alpha * (1 - centres) ** 2).sum() / total.mean()
-    expected = (1 + sum(math.exp(-(j**2)) for j in range(1, 10))) / math.sqrt(math.pi)
-    assert share == pytest.approx(expected, rel=1e-4)
+    share = np.exp(-ALPHA * (1 - centres) ** 2).sum() / total.mean()
     assert share == pytest.approx(0.782, abs=5e-4)
-
-
-def test_eq06_direct_histogram_has_the_right_gradient():
-    codes = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(40, dtype=torch.float64)
-
-    def weighted_sum(codes):
-        return relation_histogram_direct(codes) @ weight
-
-    assert torch.autograd.gradcheck(weighted_sum, codes)
 
 
 def kl_by_hand(p, q):
@@ -489,10 +462,10 @@ def test_eq07_is_kl_of_teacher_from_student(bins):
 
 def test_eq07_floor_of_a_teacher_that_cannot_be_reached_is_the_least_that_is_found():
     """Near-orthogonal vectors are none of dimension 3: the Welch bound."""
-    teacher = relation_histogram(torch.randn(128, 64))
-    floor = glotok.histogram_floor(teacher, 128, 3)
-    assert floor > 0.3
-    codes = torch.randn(128, 3, requires_grad=True)  # another start, another optimizer
+    teacher = relation_histogram(torch.randn(64, 64))
+    floor = glotok.histogram_floor(teacher, 64, 3)
+    assert floor > 0.2
+    codes = torch.randn(64, 3, requires_grad=True)  # another start, another optimizer
     optimizer = torch.optim.SGD([codes], 3.0)
     for _ in range(300):
         optimizer.zero_grad()
@@ -502,20 +475,14 @@ def test_eq07_floor_of_a_teacher_that_cannot_be_reached_is_the_least_that_is_fou
     assert floor < loss.item() + 0.01
 
 
-@pytest.mark.parametrize("tile", [2**20, 60])
-def test_eq06_used_histogram_weighs_pairs_by_use(tile, monkeypatch):
-    monkeypatch.setitem(glotok.BAND, "cpu", tile)  # one band of rows, or many
+@pytest.mark.parametrize("band", [2**20, 60])
+def test_eq06_used_histogram_weighs_pairs_by_use(band, monkeypatch):
+    monkeypatch.setitem(glotok.BAND, "cpu", band)  # one band of rows, or many
     codes = torch.randn(17, 5) + 0.3
-    counts = torch.randint(0, 9, (17,))
-    counts[3] = 0
-    use = counts.double().numpy() / counts.sum().item() * 17
-    expected = histogram_by_loops(codes, 40, ALPHA, use)
+    counts = torch.arange(17)  # code 0 is of no use
+    expected = histogram_by_loops(codes, 40, ALPHA, counts.double().numpy())
     found = glotok.used_histogram(codes, counts)
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
-    codes[3] = -codes.sum(0)  # of no use
-    np.testing.assert_allclose(glotok.used_histogram(codes, counts), found, atol=1e-7)
-    alike = glotok.used_histogram(codes, torch.full((17,), 5))
-    np.testing.assert_allclose(alike, relation_histogram(codes), atol=1e-6)
 
 
 def test_eq07_moves_the_semantic_codebook_alone():
@@ -528,10 +495,10 @@ def test_eq07_moves_the_semantic_codebook_alone():
 # The fast histogram against the direct one.
 
 
-@pytest.mark.parametrize("tile", [2**20, 1000])  # one band of rows, and many of uneven height
-@pytest.mark.parametrize("n, d, shift", [(2, 8, 0), (10, 3, 0.5), (300, 8, 0), (700, 8, 1.0)])
-def test_eq06_fast_histogram_equals_the_direct_one(n, d, shift, tile, monkeypatch):
-    monkeypatch.setitem(glotok.BAND, "cpu", tile)
+@pytest.mark.parametrize("band", [2**20, 1000])  # one band of rows, and many of uneven height
+@pytest.mark.parametrize("n, d, shift", [(2, 8, 0), (10, 3, 0.5), (300, 8, 0), (500, 8, 1.0)])
+def test_eq06_fast_histogram_equals_the_direct_one(n, d, shift, band, monkeypatch):
+    monkeypatch.setitem(glotok.BAND, "cpu", band)
     codes = torch.randn(n, d) + shift
     fast = codes.clone().requires_grad_()
     direct = codes.double().requires_grad_()
@@ -556,10 +523,6 @@ def test_eq06_fast_histogram_counts_more_pairs_than_a_float_can():
     np.testing.assert_allclose(relation_histogram(codes), p / p.sum(), atol=1e-6)
 
 
-# What one pair of codes weighs, and how it is pushed: the bounds that glotok.py states. The pairs
-# lie at random between the points of the table.
-
-
 def test_eq06_fast_histogram_passes_nan_on():
     codes = torch.randn(5, 3)
     codes[2, 1] = math.nan
@@ -575,23 +538,16 @@ def test_eq06_fast_histogram_ignores_autocast():
     assert torch.equal(plain, mixed)
 
 
-def seconds_of(histogram, codes, teacher, times):
-    """The least of `times` measurements of a pass forward and backward."""
-    best = math.inf
-    for _ in range(times):
-        student = codes.clone().requires_grad_()
-        start = time.perf_counter()
-        log_p = histogram(student).clamp_min(1e-10).log()
-        F.kl_div(log_p, teacher, reduction="sum").backward()
-        best = min(best, time.perf_counter() - start)
-    return best
+def seconds_of(histogram, codes):
+    start = time.perf_counter()
+    histogram(codes)[0].backward()
+    return time.perf_counter() - start
 
 
 def test_eq06_fast_histogram_is_much_faster():
-    codes = torch.randn(1536, 8)
-    teacher = sphere_histogram(8)
-    direct = seconds_of(relation_histogram_direct, codes, teacher, times=1)
-    fast = seconds_of(relation_histogram, codes, teacher, times=3)
+    codes = torch.randn(1536, 8, requires_grad=True)
+    direct = seconds_of(relation_histogram_direct, codes)
+    fast = min(seconds_of(relation_histogram, codes) for _ in range(3))
     assert direct > 5 * fast  # 100 and more at 4,096 on a quiet machine
 
 
@@ -601,24 +557,18 @@ import resource
 import torch
 import glotok
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-def loss_of(n):
+for n in (64, 16384):
     codes = torch.randn(n, 8, requires_grad=True)
     glotok.histogram_relation_loss(codes, glotok.sphere_histogram(8)).backward()
-
-loss_of(64)
-before = peak()
-loss_of(16384)
-print(peak() - before)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
 def test_eq06_fast_histogram_of_16384_codes_is_small():
     done = run_process("-c", PEAK_MEMORY, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 200  # MB
+    before, after = map(float, done.stdout.split())
+    assert after - before < 200  # MB
 
 
 # What a codebook can imitate.
@@ -636,20 +586,18 @@ def test_eq06_sphere_histogram_is_that_of_a_million_random_vectors(dim, bins):
     assert (sphere_histogram(dim, bins) - p / p.sum()).abs().max() < 1e-3
 
 
-def test_cosine_moments_are_those_of_all_pairs_and_respect_their_bounds():
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_cosine_moments_are_those_of_all_pairs_and_respect_their_bounds(shift):
     """Welch's: mean square >= 1 / d. And no mean exceeds the root mean square."""
-    for shift in (0.0, 0.4, 3.0):
-        vectors = torch.randn(60, 8) + shift
-        unit = F.normalize(vectors, dim=1)
-        cosines = unit @ unit.T
-        mean, mean_square = glotok.cosine_moments(vectors)
-        assert mean == pytest.approx(cosines.mean().item(), abs=1e-5)
-        assert mean_square == pytest.approx((cosines**2).mean().item(), abs=1e-5)
-        assert mean_square >= 1 / 8
-        assert mean**2 <= mean_square
-    # An orthonormal basis reaches the one bound, equal vectors the other.
-    assert glotok.cosine_moments(torch.eye(8))[1] == pytest.approx(1 / 8)
-    assert glotok.cosine_moments(torch.ones(5, 8)) == pytest.approx((1, 1))
+    vectors = torch.randn(60, 8) + shift
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    cosines = unit @ unit.T
+    mean, mean_square = glotok.cosine_moments(vectors)
+    assert mean == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert mean_square == pytest.approx((cosines**2).mean().item(), abs=1e-5)
+    assert mean_square >= 1 / 8
+    assert mean**2 <= mean_square
+    assert glotok.cosine_moments(torch.eye(8))[1] == pytest.approx(1 / 8)  # reaches the bound
 
 
 # ---- Residual module and tokenizer (8)-(12)
@@ -704,51 +652,38 @@ def test_eq10_value_and_stop_gradients():
         return ((z - codes - residual_module(codes)) ** 2).mean()
 
     f_sem, f_vis = model.features(x)
-    expected_sem = squared_error(f_sem, model.quantizer_sem, model.residual_sem)
-    expected_vis = squared_error(f_vis, model.quantizer_vis, model.residual_vis)
-    expected = expected_sem + expected_vis
+    expected = squared_error(f_sem, model.quantizer_sem, model.residual_sem)
+    expected = expected + squared_error(f_vis, model.quantizer_vis, model.residual_vis)
     assert losses["residual"].item() == pytest.approx(expected.item(), rel=1e-4)
-
-    # Zhat is stopped nowhere, neither as R's input nor beside Zres.
-    codebooks = [model.quantizer_sem.weight, model.quantizer_vis.weight]
-    pulls = torch.autograd.grad(losses["residual"], codebooks, retain_graph=True)
-    for pull, whole in zip(pulls, torch.autograd.grad(expected, codebooks)):
-        torch.testing.assert_close(pull, whole, atol=1e-7, rtol=1e-3)
 
     losses["residual"].backward()
     # sg[Z]: neither the encoder nor the adapters.
     moved = {"quantizer_sem", "quantizer_vis", "residual_sem", "residual_vis"}
     assert modules_with_gradient(model) == moved
+    # Zhat is stopped nowhere, neither as R's input nor beside Zres.
+    for quantizer in (model.quantizer_sem, model.quantizer_vis):
+        (whole,) = torch.autograd.grad(expected, quantizer.weight, retain_graph=True)
+        torch.testing.assert_close(quantizer.weight.grad, whole, atol=1e-7, rtol=1e-3)
 
 
 def test_coverage_moves_the_encoder_towards_unused_semantic_codes():
     model = GloTok(replace(TINY, codes_sem=256))  # more codes than features: some are unused
-    x = random_images()[:1]
+    x = random_images(1)
     _, losses = model(x)
     losses["coverage"].backward()
     assert modules_with_gradient(model) == {"encoder", "adapter_sem"}
-
     f_sem, _ = model.features(x)
-    z = f_sem[0] / f_sem[0].norm(dim=1, keepdim=True)  # (64, 8)
-    distance = ((z[:, None] - model.codebook_sem) ** 2).sum(2)  # (64, 256)
-    unused = torch.ones(256).index_fill(0, distance.argmin(1), 0)
-    expected = (unused * distance.min(0).values / 8).mean()
+    index, _ = model.encode(x)
+    expected = glotok.coverage_loss(F.normalize(f_sem, dim=2), index, model.codebook_sem)
     assert losses["coverage"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_decoder_gradient_reaches_the_encoder_and_the_residual_modules():
+    """And through these the codebooks."""
     model = random_residuals(GloTok(TINY))
     recon, _ = model(random_images())
     recon.square().sum().backward()
-    weights = [
-        model.encoder[1].weight,
-        model.adapter_sem.weight,
-        model.adapter_vis.weight,
-        model.residual_sem.proj_out.weight,
-        model.residual_vis.blocks[0].attention.qkv.weight,
-    ]
-    for weight in weights:
-        assert weight.grad.abs().sum() > 0
+    assert modules_with_gradient(model) == {name for name, _ in model.named_children()}
 
 
 @pytest.mark.parametrize("lambda_res", [0.5, 0.0])
@@ -760,27 +695,14 @@ def test_encode_then_decode_is_what_forward_does(lambda_res):
     sem, vis = model.encode(x)
     assert sem.shape == vis.shape == (2, 8, 8)
     assert sem.dtype == vis.dtype == torch.int64
-    assert sem.max() < 16
-    assert vis.max() < 24
     recon, _ = model(x)
     assert torch.equal(model.decode(sem, vis), recon)
 
-
-def count_modules(network, kind):
-    return sum(isinstance(module, kind) for module in network.modules())
-
-
-@pytest.mark.parametrize("res_blocks", [1, 2])
-@pytest.mark.parametrize("channel_mult", [(1, 2), (1, 1, 2, 4)])
-def test_encoder_and_decoder_have_vqgans_blocks(res_blocks, channel_mult):
-    """Two blocks and an attention in the middle; the decoder has a block more at each level."""
-    c = replace(TINY, image_size=64, res_blocks=res_blocks, channel_mult=channel_mult)
-    levels = len(channel_mult)
-    assert count_modules(glotok.encoder(c), glotok.ResBlock) == levels * res_blocks + 2
-    assert count_modules(glotok.decoder(c), glotok.ResBlock) == levels * (res_blocks + 1) + 2
-    # at the lowest resolution, after each block
-    assert count_modules(glotok.encoder(c), glotok.SpatialAttention) == res_blocks + 1
-    assert count_modules(glotok.decoder(c), glotok.SpatialAttention) == res_blocks + 2
+    latents = model.to_latents(sem, vis)
+    assert latents.shape == (2, 16, 8, 8)
+    assert torch.equal(latents[1, :8, 2, 3], model.codebook_sem[sem[1, 2, 3]])
+    assert torch.equal(latents[1, 8:, 2, 3], model.codebook_vis[vis[1, 2, 3]])
+    torch.testing.assert_close(model.from_latents(latents), recon)
 
 
 def test_group_norm_stays_in_bfloat16_under_autocast():
@@ -788,16 +710,15 @@ def test_group_norm_stays_in_bfloat16_under_autocast():
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = 3 * torch.randn(2, 64, 5, 5) + 1
-    groups = x.double().view(2, 32, -1)
+    groups = x.view(2, 32, -1)
     mean = groups.mean(2, keepdim=True)
     variance = (groups - mean).square().mean(2, keepdim=True)
     normal = ((groups - mean) / (variance + 1e-6).sqrt()).view(x.shape)
     expected = normal * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
-    torch.testing.assert_close(norm(x).double(), expected.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         found = norm(x.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), expected.double(), atol=0.05, rtol=0.02)
+    torch.testing.assert_close(found, expected.bfloat16(), atol=0.05, rtol=0.02)
 
 
 def test_networks_in_bfloat16_say_nearly_the_same():
@@ -807,15 +728,15 @@ def test_networks_in_bfloat16_say_nearly_the_same():
     x = random_images(8)
     labels = torch.arange(8) % 6
     latents = torch.randn(8, 16, 8, 8)
-    draws = xar.draw(8, "cpu")
     found = []
     for enabled in (False, True):
+        torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             recon, losses = model(x)
-            flow = xar.loss(latents, labels, draws)
-        assert recon.dtype == torch.float32
-        assert {loss.dtype for loss in losses.values()} == {torch.float32}
-        assert flow.dtype == torch.float32
+            flow = xar.loss(latents, labels)
+        assert {recon.dtype, flow.dtype, *[loss.dtype for loss in losses.values()]} == {
+            torch.float32
+        }
         found.append([recon.square().mean(), losses["quantize"], losses["residual"], flow])
     for exact, rounded in zip(*found):
         assert exact != rounded  # bfloat16 was at work
@@ -832,19 +753,9 @@ def test_down_sampling_pads_right_and_bottom():
     assert torch.equal(down(x), x[:, :, ::2, ::2])
 
 
-def test_true_latents_decode_to_the_reconstruction():
-    model = random_residuals(GloTok(TINY)).eval()
-    sem, vis = model.encode(random_images())
-    latents = model.to_latents(sem, vis)
-    assert latents.shape == (2, 16, 8, 8)
-    assert torch.equal(latents[1, :8, 2, 3], model.codebook_sem[sem[1, 2, 3]])
-    assert torch.equal(latents[1, 8:, 2, 3], model.codebook_vis[vis[1, 2, 3]])
-    torch.testing.assert_close(model.from_latents(latents), model.decode(sem, vis))
-
-
 # ---- The whole loss (2), (3), (13)
 
-# Distinct weights and distinct terms; the weights of "contrastive" and "vf" are constants.
+# Distinct weights; the weight of "contrastive" is a constant.
 LOSS_CONFIG = replace(
     TINY,
     lambda_quantize=0.3,
@@ -855,72 +766,31 @@ LOSS_CONFIG = replace(
     lambda_hist=0.01,
     lambda_coverage=0.4,
 )
-TERMS = {
-    "recon": 2.0,
-    "quantize": 3.0,
-    "perceptual": 5.0,
-    "adv": 7.0,
-    "residual": 11.0,
-    "hist": 13.0,
-    "coverage": 17.0,
-    "contrastive": 19.0,
-}
-TERM_WEIGHTS = {
-    "recon": 1.0,
-    "quantize": 0.3,
-    "perceptual": 0.7,
-    "adv": 0.8 * 0.25,  # a quarter of its ramp
-    "residual": 0.5,
-    "hist": 0.01,
-    "coverage": 0.4,
-    "contrastive": 0.5,
-}
+TERMS = {"recon": 2.0, "quantize": 3.0, "perceptual": 5.0, "adv": 7.0}
+TERMS |= {"residual": 11.0, "hist": 13.0, "coverage": 17.0, "contrastive": 19.0}
+WEIGHTS = {"recon": 1.0, "quantize": 0.3, "perceptual": 0.7, "adv": 0.8 * 0.25}  # of its ramp
+WEIGHTS |= {"residual": 0.5, "hist": 0.01, "coverage": 0.4, "contrastive": 0.5}
+OPTIONAL = ["perceptual", "adv", "hist", "coverage", "contrastive"]
 
 
-def loss_terms(without=()):
-    """TERMS but "recon" as float64 scalars with gradient, without those switched off."""
+@pytest.mark.parametrize("without", [[], *[[name] for name in OPTIONAL], OPTIONAL])
+def test_eq02_eq03_eq13_is_the_weighted_sum_of_what_is_on(without):
     terms = {}
     for name, value in TERMS.items():
         if name not in ("recon", *without):
             terms[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-    return terms
-
-
-def loss_of(c, terms):
-    """Of images and reconstructions whose mean squared error is TERMS["recon"]."""
     x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
     recon = x + math.sqrt(TERMS["recon"]) * torch.randn_like(x).sign()
-    return glotok.total_loss(c, None, x, recon, terms, ramp=0.25)
-
-
-OFF = [[], ["perceptual"], ["adv"], ["hist"], ["coverage"], ["contrastive"]]
-OFF += [["perceptual", "adv", "hist", "coverage", "contrastive"]]
-
-
-@pytest.mark.parametrize("without", OFF)
-def test_eq02_eq03_eq13_is_the_weighted_sum_of_what_is_on(without):
-    terms = loss_terms(without)
-    loss = loss_of(LOSS_CONFIG, terms)
-    expected = sum(TERM_WEIGHTS[name] * TERMS[name] for name in terms)
+    loss = glotok.total_loss(LOSS_CONFIG, None, x, recon, terms, ramp=0.25)
+    expected = sum(WEIGHTS[name] * TERMS[name] for name in terms)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert terms.pop("recon").item() == pytest.approx(TERMS["recon"], rel=1e-12)  # (2)
     loss.backward()
     for name, term in terms.items():
-        assert term.grad.item() == pytest.approx(TERM_WEIGHTS[name], rel=1e-12), name
-
-
-def test_eq03_weight_0_switches_a_term_off():
-    c = replace(LOSS_CONFIG, lambda_quantize=0.0, lambda_res=0.0)
-    expected = sum(TERM_WEIGHTS[name] * TERMS[name] for name in TERMS)
-    expected -= 0.3 * TERMS["quantize"] + 0.5 * TERMS["residual"]
-    assert loss_of(c, loss_terms()).item() == pytest.approx(expected, rel=1e-12)
+        assert term.grad.item() == pytest.approx(WEIGHTS[name], rel=1e-12), name
 
 
 # The adversarial part.
-
-
-def small_discriminator():
-    return glotok.discriminator(TINY)
 
 
 def test_discriminator_judges_patches():
@@ -935,7 +805,7 @@ def test_discriminator_judges_patches():
 
 
 def test_eq03_adversarial_loss_moves_the_reconstruction_alone():
-    disc = small_discriminator()
+    disc = glotok.discriminator(TINY)
     recon = random_images().requires_grad_()
     loss = glotok.adversarial_loss(disc, recon)
     assert all(p.requires_grad for p in disc.parameters())
@@ -950,15 +820,13 @@ def test_eq03_adversarial_loss_moves_the_reconstruction_alone():
 
 
 def test_discriminator_loss_moves_the_discriminator_alone():
-    disc = small_discriminator()
+    disc = glotok.discriminator(TINY)
     recon = random_images().requires_grad_()
     x = random_images()
     loss = glotok.discriminator_loss(disc, recon, x)
     loss.backward()
     assert recon.grad is None
-    for name, p in disc.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
+    assert all(p.grad.isfinite().all() for p in disc.parameters())
     assert disc[0].weight.grad.abs().sum() > 0
 
     real = disc(x).detach().numpy()
@@ -969,12 +837,9 @@ def test_discriminator_loss_moves_the_discriminator_alone():
 
 def test_gradient_ratio():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss = (3 * w).sum()
-    other = (w * torch.tensor([0.0, 0.5])).sum()
-    ratio = glotok.gradient_ratio(loss, other, w)
+    ratio = glotok.gradient_ratio((3 * w).sum(), w[1] / 2, w)
     assert ratio.item() == pytest.approx(3 * math.sqrt(2) / 0.5, rel=1e-3)
-    nothing = (0 * w).sum()
-    assert glotok.gradient_ratio(loss, nothing, w).item() == 1e4  # its largest value
+    assert glotok.gradient_ratio((3 * w).sum(), (0 * w).sum(), w).item() == 1e4  # its largest
 
 
 def test_eq03_adaptive_weight_equalizes_gradients_at_the_decoders_last_convolution():
@@ -984,19 +849,16 @@ def test_eq03_adaptive_weight_equalizes_gradients_at_the_decoders_last_convoluti
     recon, losses = model(x)
     losses["perceptual"] = recon.abs().mean()  # a stand-in
     # A louder discriminator, or the 1e-4 that guards the division would show.
-    losses["adv"] = 1000 * glotok.adversarial_loss(small_discriminator(), recon)
-    convolutions = [m for m in model.decoder if isinstance(m, torch.nn.Conv2d)]
-    last = convolutions[-1].weight
+    losses["adv"] = 1000 * glotok.adversarial_loss(glotok.discriminator(TINY), recon)
+    last = [m for m in model.decoder if isinstance(m, torch.nn.Conv2d)][-1].weight
     pixels = F.mse_loss(recon, x) + 1.5 * losses["perceptual"]
     (of_pixels,) = torch.autograd.grad(pixels, last, retain_graph=True)
     (of_adv,) = torch.autograd.grad(losses["adv"], last, retain_graph=True)
-    weight = 0.8 * 0.25 * of_pixels.norm() / of_adv.norm()
+    expected = of_pixels + 0.8 * 0.25 * of_pixels.norm() / of_adv.norm() * of_adv
 
     loss = glotok.total_loss(c, model, x, recon, losses, ramp=0.25)
     (found,) = torch.autograd.grad(loss, last)
-    expected = of_pixels + weight * of_adv
-    assert (found - expected).norm() < 1e-2 * expected.norm()
-    assert (found - of_pixels).norm() == pytest.approx(0.2 * of_pixels.norm().item(), rel=1e-2)
+    assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
 # ---- The generator, xAR (section 3.4)
@@ -1015,15 +877,15 @@ def test_cells_run_row_by_row_and_back():
     assert torch.equal(xar.from_cells(xar.to_cells(z)), z)
 
 
-def test_rotary_angles_by_hand():
-    """A quarter of the width turns with the row, a quarter with the column."""
-    angles = glotok.rotary_angles(torch.tensor([[3.0, 5.0], [0.0, 1.0]]), 16)
-    frequencies = [1, 0.1, 0.01, 0.001]
-    by_hand = [
-        [row * f for f in frequencies] + [col * f for f in frequencies]
-        for row, col in [(3, 5), (0, 1)]
-    ]
-    np.testing.assert_allclose(angles, by_hand, rtol=1e-6)
+def test_rotary_tables_by_hand():
+    """A quarter of the width turns with the row, a quarter with the column; token by token."""
+    xar = XAR(SMALL)  # heads of width 16
+    frequencies = np.array([1, 0.1, 0.01, 0.001])
+    tokens = [(r, c, i, j) for r in (0, 4) for c in (0, 4) for i in range(4) for j in range(4)]
+    for token, (r, c, i, j) in enumerate(tokens):  # cell by cell
+        angles = np.concatenate([(r + i) * frequencies, (c + j) * frequencies])
+        np.testing.assert_allclose(xar.cos[token, 0, 0, :8], np.cos(angles), atol=1e-6)
+        np.testing.assert_allclose(xar.sin[token, 0, 0, 8:], np.sin(angles), atol=1e-6)
 
 
 def test_embedding_of_times_by_hand():
@@ -1032,27 +894,6 @@ def test_embedding_of_times_by_hand():
     by_hand = [math.cos(3 * f) for f in (1, 0.1, 0.01, 0.001)]
     by_hand += [math.sin(3 * f) for f in (1, 0.1, 0.01, 0.001)]
     np.testing.assert_allclose(embedding[1], by_hand, atol=1e-5)
-
-
-def test_rotary_positions_see_differences_in_both_directions():
-    xar = XAR(SMALL)
-    q = torch.randn(1, 1, 1, 16)
-    k = torch.randn(1, 1, 1, 16)
-
-    def rotated(x, row, column):
-        """x at a place of the grid, found in the order of the cells."""
-        cell = row // 4 * 2 + column // 4
-        token = cell * 16 + row % 4 * 4 + column % 4
-        return glotok.rotate(x, xar.cos[token], xar.sin[token])
-
-    def score(place_q, place_k):
-        return (rotated(q, *place_q) * rotated(k, *place_k)).sum().item()
-
-    same = score((1, 2), (3, 7))
-    assert same == pytest.approx(score((4, 0), (6, 5)), abs=1e-4)  # again (+2, +5)
-    assert abs(same - score((1, 2), (3, 6))) > 1e-3
-    assert abs(same - score((1, 2), (4, 7))) > 1e-3
-    torch.testing.assert_close(rotated(q, 3, 5).norm(), q.norm())
 
 
 @pytest.mark.parametrize("cell", range(4))
@@ -1080,7 +921,8 @@ def test_flow_loss_noises_each_cell_at_its_own_time():
     t = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.7, 0.2, 0.0, 1.0]])
     noise = torch.randn(2, 4, 16, 16)
     hidden = torch.tensor([False, True])
-    loss = xar.loss(latents, torch.tensor([1, 2]), (t, noise, hidden))
+    xar.draw = lambda batch, device: (t, noise, hidden)
+    loss = xar.loss(latents, torch.tensor([1, 2]))
 
     z = xar.to_cells(latents)
     z_t = torch.empty_like(z)
@@ -1096,49 +938,30 @@ def test_latent_std_divides_the_latents_and_multiplies_the_samples():
     xar = fill_zero_weights(XAR(SMALL))
     latents = torch.randn(2, 16, 8, 8)
     labels = torch.tensor([1, 2])
-    draws = xar.draw(2, torch.device("cpu"))
-    loss = xar.loss(latents, labels, draws).item()
-    torch.manual_seed(5)
-    sampled = xar.sample(labels, steps=2)
 
+    def loss_and_samples(latents):
+        torch.manual_seed(5)
+        return xar.loss(latents, labels).item(), xar.sample(labels, steps=2)
+
+    loss, sampled = loss_and_samples(latents)
     xar.latent_std.fill_(4)
-    assert xar.loss(4 * latents, labels, draws).item() == pytest.approx(loss, rel=1e-6)
-    torch.manual_seed(5)
-    assert torch.equal(xar.sample(labels, steps=2), 4 * sampled)
+    scaled_loss, scaled_samples = loss_and_samples(4 * latents)
+    assert scaled_loss == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(scaled_samples, 4 * sampled)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.8])
-def test_times_are_logit_normal_and_each_cells_own(shift):
-    xar = XAR(replace(SMALL, label_dropout=0.3, time_shift=shift))
-    t, noise, hidden = xar.draw(4000, torch.device("cpu"))
+def test_times_are_logit_normal_and_each_cells_own():
+    xar = XAR(replace(SMALL, label_dropout=0.3, time_shift=0.8))
+    t, noise, hidden = xar.draw(4000, CPU)
     assert t.shape == (4000, 4)
     assert noise.shape == (4000, 4, 16, 16)
-    assert hidden.shape == (4000,)
     normal = t.logit()
-    assert normal.mean().item() == pytest.approx(shift, abs=0.05)
+    assert normal.mean().item() == pytest.approx(0.8, abs=0.05)
     assert normal.std().item() == pytest.approx(1, abs=0.05)
-    correlation = torch.corrcoef(normal.T) - torch.eye(4)
-    assert correlation.abs().max() < 0.1
+    assert (torch.corrcoef(normal.T) - torch.eye(4)).abs().max() < 0.1
     assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert hidden.shape == (4000,)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.05)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_label_dropout_hides_a_share_of_the_labels(share):
-    xar = XAR(replace(SMALL, label_dropout=share, guidance=1.0))
-    labels = torch.arange(3).repeat(500)
-    seen = []
-
-    def record_labels(z, t, labels):
-        seen.append(labels)
-        return torch.zeros_like(z)
-
-    xar.velocity = record_labels
-    xar.loss(torch.randn(1500, 16, 8, 8), labels)
-    (seen_labels,) = seen
-    hidden = seen_labels == 3  # "no label"
-    assert hidden.float().mean().item() == pytest.approx(share, abs=0.05)
-    assert torch.equal(seen_labels[~hidden], labels[~hidden])
 
 
 @pytest.mark.parametrize("share", [0, 1])
@@ -1149,36 +972,6 @@ def test_guidance_needs_both_kinds_of_labels(share):
     xar.sample(torch.tensor([0]), steps=1, guidance=1.0)
     with pytest.raises(ValueError, match="label_dropout"):
         xar.sample(torch.tensor([0]), steps=1, guidance=2.0)
-
-
-def test_cached_sampling_equals_uncached():
-    xar = fill_zero_weights(XAR(replace(SMALL, stochastic=1)))
-    labels = torch.tensor([0, 2])
-    torch.manual_seed(3)
-    cached = xar.sample(labels, steps=4, guidance=2.0)
-
-    plain = XAR(replace(SMALL, stochastic=1)).eval()
-    plain.load_state_dict(xar.state_dict())
-    clean = torch.zeros(4, 4, 16, 16)
-
-    def from_scratch(z, t, labels, first_cell, caches):
-        """All cells in one pass: the clean ones at t = 0, then this one; nobody sees the rest."""
-        all_cells = clean.clone()
-        all_cells[:, first_cell] = z[:, 0]
-        times = torch.zeros(4, 4)
-        times[:, first_cell] = t[:, 0]
-        return plain.velocity(all_cells, times, labels)[:, first_cell : first_cell + 1]
-
-    def remember(z, t, labels, first_cell, caches):
-        clean[:, first_cell] = z[:, 0]
-
-    xar.velocity = from_scratch
-    xar.run_blocks = remember
-    torch.manual_seed(3)
-    uncached = xar.sample(labels, steps=4, guidance=2.0)
-    assert cached.shape == (2, 16, 8, 8)
-    assert cached.std() > 0.1
-    torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=1e-5)
 
 
 def test_sampling_makes_no_pass_that_nobody_reads():
@@ -1198,12 +991,6 @@ def test_sampling_makes_no_pass_that_nobody_reads():
     assert calls == {"block": 4 * 5 + 3, "output": 4 * 5}
 
 
-def sample_cells(xar, labels, guidance):
-    """The cells (B, 4, 16, 16) of samples in 3 steps, from seed 0."""
-    torch.manual_seed(0)
-    return xar.to_cells(xar.sample(labels, steps=3, guidance=guidance))
-
-
 @pytest.mark.parametrize("guidance_first, step", [(1.0, 1.0), (2.5, 0.5), (9.0, 0.0)])
 @pytest.mark.parametrize("cell", [0, 1, 2, 3])
 @torch.no_grad()
@@ -1212,23 +999,20 @@ def test_guidance_grows_over_the_cells_to_its_full_value(cell, guidance_first, s
     strength = 4 - step * (3 - cell)
     xar = fill_zero_weights(XAR(replace(SMALL, guidance_first=guidance_first)))
     labels = torch.tensor([1, 0])
-    no_label = torch.tensor([3, 3])
-    cells = sample_cells(xar, labels, guidance=4.0)
+    torch.manual_seed(0)
+    cells = xar.to_cells(xar.sample(labels, steps=3, guidance=4.0))
 
-    # By hand: all cells in one pass under the mask, the finished ones clean, at t = 0.
+    # By hand, without cache: all cells in one pass under the mask, the finished ones at t = 0.
     torch.manual_seed(0)
     noise = torch.stack([torch.randn(2, 1, 16, 16) for _ in range(4)])
     z = noise[cell]
     for t, t_next in ((1.0, 0.52), (0.52, 0.04), (0.04, 0.0)):
-        so_far = torch.zeros(2, 4, 16, 16)
-        so_far[:, :cell] = cells[:, :cell]
-        so_far[:, cell] = z[:, 0]
+        so_far = torch.cat([cells[:, :cell], z, torch.zeros(2, 3 - cell, 16, 16)], dim=1)
         times = torch.zeros(2, 4)
         times[:, cell] = t
         with_label = xar.velocity(so_far, times, labels)[:, cell : cell + 1]
-        without = xar.velocity(so_far, times, no_label)[:, cell : cell + 1]
-        v = without + strength * (with_label - without)
-        z = z + v * (t_next - t)
+        without = xar.velocity(so_far, times, torch.tensor([3, 3]))[:, cell : cell + 1]
+        z = z + (without + strength * (with_label - without)) * (t_next - t)
     torch.testing.assert_close(cells[:, cell : cell + 1], z, atol=1e-4, rtol=1e-4)
 
 
@@ -1258,11 +1042,7 @@ def test_both_samplers_carry_noise_to_a_known_gaussian(stochastic):
 def test_two_steps_of_euler_maruyama_by_hand():
     xar = GaussianVelocity(replace(SMALL, stochastic=1, cell=8))  # one cell
     torch.manual_seed(4)
-    found = xar.to_cells(xar.sample(torch.tensor([0]), steps=2)).numpy()[0, 0]
-
-    torch.manual_seed(4)
-    z = torch.randn(1, 1, 64, 16).double().numpy()[0, 0]
-    fresh = torch.randn(1, 1, 64, 16).double().numpy()[0, 0]
+    found = xar.to_cells(xar.sample(torch.tensor([0]), steps=2))
 
     def drift(z, t):
         """v - t s, from the density of z_t, N(0.7 (1 - t), variance)."""
@@ -1272,9 +1052,11 @@ def test_two_steps_of_euler_maruyama_by_hand():
         data = 0.7 + 0.25 * (1 - t) / variance * gap
         return noise - data + t * gap / variance  # s = -gap / variance
 
-    z = z - 0.96 * drift(z, 1.0) + math.sqrt(2 * 1.0 * 0.96) * fresh
+    torch.manual_seed(4)
+    z = torch.randn(1, 1, 64, 16)
+    z = z - 0.96 * drift(z, 1.0) + math.sqrt(2 * 1.0 * 0.96) * torch.randn(1, 1, 64, 16)
     z = z - 0.04 * drift(z, 0.04)  # without noise
-    np.testing.assert_allclose(found, z, atol=1e-5)
+    torch.testing.assert_close(found, z, atol=1e-5, rtol=1e-5)
 
 
 # ---- xAR as released
@@ -1304,7 +1086,7 @@ def test_xar_starts_from_xaviers_weights_and_biases_of_0():
         assert not m.bias.any()
 
 
-@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("layers", [2, 3])
 @torch.no_grad()
 def test_positions_enter_before_each_half_of_the_blocks(layers):
     xar = XAR(replace(SMALL, gen_layers=layers))  # its blocks add nothing: their gates are 0
@@ -1312,29 +1094,24 @@ def test_positions_enter_before_each_half_of_the_blocks(layers):
     velocity = xar.velocity(z, torch.rand(1, 4), torch.tensor([1]))
 
     def normalised(x):
-        return x / np.sqrt((x**2).mean(1, keepdims=True) + np.finfo(np.float32).eps)
+        return x / (x.square().mean(1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
-    weight, bias, out = (
-        p.double().numpy() for p in (xar.proj_in.weight, xar.proj_in.bias, xar.proj_out.weight)
-    )
-    first, second = xar.position.double().numpy()
-    x = z[0].flatten(0, 1).double().numpy() @ weight.T + bias + first
-    x = normalised(x) + second
-    expected = normalised(x) @ out.T
-    np.testing.assert_allclose(velocity[0].flatten(0, 1), expected, atol=1e-5)
+    x = z[0].flatten(0, 1) @ xar.proj_in.weight.T + xar.position[0]
+    x = normalised(x) + xar.position[1]
+    expected = normalised(x) @ xar.proj_out.weight.T
+    torch.testing.assert_close(velocity[0].flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_acts_in_training_alone():
     xar = fill_zero_weights(XAR(replace(SMALL, gen_dropout=0.5)))
-    latents = torch.randn(4, 16, 8, 8)
-    labels = torch.arange(4) % 3
-    draws = xar.draw(4, torch.device("cpu"))
+    cells = torch.randn(1, 4, 16, 16)
 
-    def losses(xar):
-        return {xar.loss(latents, labels, draws).item() for _ in range(3)}
+    def answers(xar):
+        velocities = [xar.velocity(cells, torch.ones(1, 4), torch.tensor([1])) for _ in range(3)]
+        return {v.sum().item() for v in velocities}
 
-    assert len(losses(xar.eval())) == 1
-    assert len(losses(xar.train())) == 3
+    assert len(answers(xar.eval())) == 1
+    assert len(answers(xar.train())) == 3
 
 
 @torch.no_grad()
@@ -1345,9 +1122,9 @@ def test_a_conditional_block_in_numpy():
         torch.nn.init.normal_(p, 0, 0.5)
     x = torch.randn(1, 6, 8, dtype=torch.float64)  # two cells of three tokens
     condition = torch.randn(1, 2, 8, dtype=torch.float64)
-    angles = torch.randn(6, 4, dtype=torch.float64)
+    positions = 9 * torch.rand(6, 2, dtype=torch.float64)
     mask = torch.tensor([[j // 3 <= i // 3 for j in range(6)] for i in range(6)])
-    found = block(x, condition, glotok.rotary_tables(angles), mask)
+    found = block(x, condition, glotok.rotary_tables(positions, 8), mask)
 
     w = {name: p.numpy() for name, p in block.named_parameters()}
 
@@ -1362,7 +1139,8 @@ def test_a_conditional_block_in_numpy():
     scale1, shift1, gate1, scale2, shift2, gate2 = np.split(modulation, 6, axis=1)
     h = x[0].numpy()
     q, k, v = np.split(linear(normalised(h) * (1 + scale1) + shift1, "qkv"), 3, axis=1)
-    turn = np.exp(1j * angles.numpy())
+    row, column = positions.numpy().T
+    turn = np.exp(1j * np.stack([row, row / 100, column, column / 100], axis=1))
     scores = np.zeros((6, 6))
     for i in range(6):
         for j in range(6):
@@ -1389,11 +1167,8 @@ def test_fqgans_loss_is_infonce_without_temperature():
     def infonce(prediction):
         total = 0
         for i in range(5):
-            similarity = []
-            for j in range(5):
-                dot = prediction[i] @ target[j]
-                lengths = np.linalg.norm(prediction[i]) * np.linalg.norm(target[j])
-                similarity.append(dot / lengths)
+            lengths = np.linalg.norm(prediction[i]) * np.linalg.norm(target, axis=1)
+            similarity = target @ prediction[i] / lengths  # of each image's target to prediction i
             total -= np.log(np.exp(similarity[i]) / np.exp(similarity).sum())
         return total / 5
 
@@ -1403,8 +1178,7 @@ def test_fqgans_loss_is_infonce_without_temperature():
     assert loss.item() == pytest.approx(infonce(prediction), abs=1e-6)
     loss.backward()
     assert y.grad is None
-    expected = numerical_gradient(infonce, prediction)
-    np.testing.assert_allclose(x.grad, expected, atol=1e-5)
+    np.testing.assert_allclose(x.grad, numerical_gradient(infonce, prediction), atol=1e-5)
 
 
 def numerical_gradient(f, x, eps=1e-5):
@@ -1436,10 +1210,12 @@ def vf_by_loops(z, f):
 
 
 def test_vavaes_loss_has_both_margins():
+    """Of maps that are averaged over each token's area."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2, 4, 3))
     f = z + 0.8 * rng.normal(size=(2, 4, 3))  # so near that both margins forgive some
-    maps = np.ascontiguousarray(f.transpose(0, 2, 1)).reshape(2, 3, 2, 2)
+    maps = f.transpose(0, 2, 1).reshape(2, 3, 2, 2).repeat(2, axis=2).repeat(2, axis=3)
+    maps += np.tile([[1, -2], [-2, 3]], (2, 2))  # nothing, on average
     x = torch.tensor(z, dtype=torch.float32, requires_grad=True)
     y = torch.tensor(maps, dtype=torch.float32, requires_grad=True)
     loss = glotok.vf_loss(x, y)
@@ -1450,48 +1226,28 @@ def test_vavaes_loss_has_both_margins():
     np.testing.assert_allclose(x.grad, expected, atol=1e-4)
 
 
-def test_vavaes_maps_are_averaged_over_each_tokens_area():
-    z = torch.randn(2, 4, 3)
-    maps = torch.randn(2, 3, 4, 4)
-    f = maps.numpy().reshape(2, 3, 2, 2, 2, 2).mean((3, 5))  # (2, 3, 2, 2)
-    f = f.reshape(2, 3, 4).transpose(0, 2, 1)
-    assert glotok.vf_loss(z, maps).item() == pytest.approx(vf_by_loops(z.numpy(), f), abs=1e-6)
-
-
 def teacher_answer(n=2):
     """A vector and a map of random features for each of n images."""
     return torch.randn(n, 64), torch.randn(n, 64, 16, 16)
 
 
-@pytest.mark.parametrize("semantic, loss, used", [("fqgan", "contrastive", 0), ("vavae", "vf", 1)])
-def test_local_supervision_moves_the_semantic_branch_alone(semantic, loss, used):
-    model = GloTok(replace(TINY, semantic=semantic, teacher="convnet", width=16))
-    answer = teacher_answer()
-    _, losses = model(random_images(), answer)
-    losses[loss].backward()
-    # Straight through the quantizer; no codebook, nothing visual, no decoder.
+@pytest.mark.parametrize("semantic, name", [("fqgan", "contrastive"), ("vavae", "vf")])
+def test_local_supervision_reads_the_semantic_codes_straight_through(semantic, name):
+    model = GloTok(replace(TINY, semantic=semantic, teacher="convnet")).eval()
+    vectors, maps = teacher_answer()
+    x = random_images()
+    _, losses = model(x, (vectors, maps))
+    losses[name].backward()
+    # No codebook, nothing visual, no decoder.
     assert modules_with_gradient(model) == {"encoder", "adapter_sem", "semantic_head"}
 
-    other = list(answer)
-    other[1 - used] = torch.randn_like(other[1 - used])
-    x = random_images()
-    assert model(x, answer)[1][loss] == model(x, other)[1][loss]  # the other kind is not looked at
-
-
-def test_local_supervision_reads_the_quantized_codes():
-    for semantic, loss in (("fqgan", "contrastive"), ("vavae", "vf")):
-        model = GloTok(replace(TINY, semantic=semantic, teacher="convnet")).eval()
-        x = random_images()
-        answer = teacher_answer()
-        found = model(x, answer)[1][loss]
-        sem, _ = model.encode(x)
-        codes = F.embedding(sem.flatten(1), model.codebook_sem)
-        prediction = model.semantic_head(codes)
-        if semantic == "fqgan":
-            expected = glotok.contrastive_loss(prediction, answer[0])
-        else:
-            expected = glotok.vf_loss(prediction, answer[1])
-        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    sem, _ = model.encode(x)
+    prediction = model.semantic_head(model.codebook_sem[sem.flatten(1)])
+    if semantic == "fqgan":
+        expected = glotok.contrastive_loss(prediction, vectors)
+    else:
+        expected = glotok.vf_loss(prediction, maps)
+    assert losses[name].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @torch.no_grad()
@@ -1505,30 +1261,24 @@ def test_fqgans_head_sees_every_position_and_where_it_is():
         changed[0, k] += 1
         assert (head(changed) - before).abs().max() > 1e-5
     assert (head(codes.flip(1)) - before).abs().max() > 1e-5
-    # LayerNorm comes last: mean 0, deviation 1
-    assert before.mean().item() == pytest.approx(0, abs=1e-5)
-    assert before.std(correction=0).item() == pytest.approx(1, abs=1e-2)
+    torch.testing.assert_close(before, F.layer_norm(before, [64]), atol=1e-2, rtol=0)  # comes last
 
 
-@pytest.mark.parametrize("adapter_layers", [0, 1])
-def test_vavaes_weight_is_the_ratio_of_gradients_at_the_last_layer_before_the_latent(
-    adapter_layers,
-):
-    c = replace(TINY, semantic="vavae", teacher="convnet", adapter_layers=adapter_layers)
+@pytest.mark.parametrize("layers", [0, 1])
+def test_vavaes_weight_is_the_ratio_of_gradients_at_the_last_layer_before_the_latent(layers):
+    c = replace(TINY, semantic="vavae", teacher="convnet", adapter_layers=layers)
     model = GloTok(c)
     x = random_images()
     recon, losses = model(x, teacher_answer())
-    losses = {"vf": losses["vf"], "quantize": torch.zeros(()), "residual": torch.zeros(())}
-    adapter = model.adapter_sem
-    last = adapter.weight if adapter_layers == 0 else adapter.proj_out.weight
+    losses = {"vf": losses["vf"], "quantize": 0, "residual": 0}
+    last = model.adapter_sem.proj_out.weight if layers else model.adapter_sem.weight
     (of_pixels,) = torch.autograd.grad(F.mse_loss(recon, x), last, retain_graph=True)
     (of_vf,) = torch.autograd.grad(losses["vf"], last, retain_graph=True)
-    weight = 0.1 * of_pixels.norm() / of_vf.norm()
+    of_vf = 0.1 * of_pixels.norm() / of_vf.norm() * of_vf
 
     loss = glotok.total_loss(c, model, x, recon, losses)
     (found,) = torch.autograd.grad(loss, last)
-    expected = of_pixels + weight * of_vf
-    assert (found - expected).norm() < 2e-2 * (weight * of_vf).norm()  # 1e-4 guards the division
+    assert (found - of_pixels - of_vf).norm() < 2e-2 * of_vf.norm()  # 1e-4 guards the division
 
 
 @pytest.mark.parametrize("semantic", ["global", "none"])
@@ -1548,14 +1298,9 @@ def test_no_other_supervision_has_local_losses(semantic):
 
 def test_lpips_has_the_published_names():
     state = LPIPS().state_dict()
-    for name in (
-        "features.0.weight",
-        "features.28.bias",
-        "lin0.model.1.weight",
-        "lin4.model.1.weight",
-    ):
-        assert name in state
     assert len(state) == 26 + 5  # weights and biases of 13 convolutions; 5 heads
+    assert state["features.28.weight"].shape == (512, 512, 3, 3)
+    assert state["lin0.model.1.weight"].shape == (1, 64, 1, 1)
     assert state["lin3.model.1.weight"].shape == (1, 512, 1, 1)
 
 
@@ -1613,28 +1358,18 @@ def test_a_block_of_dinov2_in_numpy():
     assert [block.attn.heads for block in DINOv2().blocks] == [6] * 12
 
 
-DINOV2_SHAPES = {
-    "cls_token": (1, 1, 384),
-    "mask_token": (1, 384),
-    "pos_embed": (1, 1370, 384),
-    "patch_embed.proj.weight": (384, 3, 14, 14),
-    "blocks.0.norm1.weight": (384,),
-    "blocks.11.attn.qkv.weight": (1152, 384),
-    "blocks.3.attn.proj.bias": (384,),
-    "blocks.5.ls1.gamma": (384,),
-    "blocks.5.ls2.gamma": (384,),
-    "blocks.7.mlp.fc1.weight": (1536, 384),
-    "blocks.7.mlp.fc2.bias": (384,),
-    "norm.bias": (384,),
-}
-
-
 def test_dinov2_has_the_published_names_and_shapes():
     net = DINOv2()
     state = net.state_dict()
-    for name, shape in DINOV2_SHAPES.items():
-        assert state[name].shape == shape, name
-    assert len(state) == 4 + 12 * 14 + 2 + 1
+    assert len(state) == 5 + 12 * 14 + 2  # a block has 14, the last norm 2
+    assert state["cls_token"].shape == (1, 1, 384)
+    assert state["pos_embed"].shape == (1, 1370, 384)
+    assert state["patch_embed.proj.weight"].shape == (384, 3, 14, 14)
+    assert state["blocks.0.norm1.weight"].shape == (384,)
+    assert state["blocks.11.attn.qkv.weight"].shape == (1152, 384)
+    assert state["blocks.5.ls1.gamma"].shape == (384,)
+    assert state["blocks.7.mlp.fc1.weight"].shape == (1536, 384)
+    assert state["norm.bias"].shape == (384,)
     assert net(torch.rand(2, 3, 28, 42)).shape == (2, 1 + 6, 384)
 
 
@@ -1686,10 +1421,8 @@ def test_kmeans_finds_separated_blobs():
 
 
 def test_kmeans_of_fewer_distinct_points_than_centres():
-    assert kmeans(torch.zeros(5, 2), 3).abs().sum() == 0
     points = torch.randn(3, 2)
-    centres = kmeans(points.repeat(4, 1), 6)
-    distance = torch.cdist(centres.double(), points.double())
+    distance = torch.cdist(kmeans(points.repeat(4, 1), 6).double(), points.double())
     assert distance.min(1).values.max() < 1e-5  # each centre is one of the points,
     assert distance.min(0).values.max() < 1e-5  # and each point is a centre
     with pytest.raises(ValueError, match="4 centres among 3 points"):
@@ -1701,19 +1434,13 @@ def test_kmeans_starts_greedily():
     x = (4 * torch.randn(60, 1, 8) + torch.randn(60, 20, 8)).flatten(0, 1)
 
     def error(centres):
-        return torch.cdist(x, centres).min(1).values.square().sum().item()
+        return torch.cdist(x, centres).min(1).values.square()
 
-    def plain_start(k):
-        """k-means++ by its definition, one candidate a centre."""
-        chosen = [torch.randint(len(x), ()).item()]
-        while len(chosen) < k:
-            squared = torch.cdist(x, x[chosen]).min(1).values.square()
-            chosen.append(torch.multinomial(squared, 1).item())
-        return x[chosen]
-
-    greedy = [error(kmeans(x, 60, iterations=0)) for _ in range(5)]
-    plain = [error(plain_start(60)) for _ in range(5)]
-    assert np.mean(greedy) < 0.9 * np.mean(plain)
+    plain = x[:1]
+    while len(plain) < 60:  # k-means++ by its definition, one candidate a centre
+        plain = torch.cat([plain, x[torch.multinomial(error(plain), 1)]])
+    greedy = kmeans(x, 60, iterations=0)
+    assert error(greedy).sum() < 0.9 * error(plain).sum()
 
 
 def test_the_teachers_histogram_is_that_of_its_k_means_centres():
@@ -4155,27 +3882,25 @@ def test_tensors_that_users_hand_over_are_checked():
     tokens = torch.zeros(2, 8, 8, dtype=torch.int64)
     labels = torch.zeros(2, dtype=torch.int64)
     latents = torch.zeros(2, 16, 8, 8)
-    wrong = [
-        (model, (x[0],)),
-        (model, (x.byte(),)),
-        (model.encode, (x[:, :, :8],)),
-        (model.encode, (x[:0],)),
-        (model.encode, (x.numpy(),)),
-        (model.decode, (tokens, tokens.float())),
-        (model.decode, (tokens, tokens[:1])),
-        (model.decode, (tokens[:, :4], tokens)),
-        (model.from_latents, (latents[:, :8],)),
-        (xar.loss, (latents, labels.float())),
-        (xar.loss, (latents, labels[:1])),
-        (xar.sample, (labels[:, None],)),
-        (relation_histogram, (x,)),
-        (relation_histogram_direct, (labels,)),
-        (histogram_relation_loss, (torch.randn(5, 3), torch.ones(2, 40))),
-        (kmeans, (labels, 1)),
-        (glotok.teacher_histogram, (x[0, 0].long(), 2)),
-        (glotok.contrastive_loss, (torch.randn(1, 4), torch.randn(1, 4))),
-    ]
-    for function, arguments in wrong:
+    for function, *arguments in (
+        (model, x[0]),
+        (model, x.byte()),
+        (model.encode, x[:, :, :8]),
+        (model.encode, x[:0]),
+        (model.encode, x.numpy()),
+        (model.decode, tokens, tokens.float()),
+        (model.decode, tokens, tokens[:1]),
+        (model.from_latents, latents[:, :8]),
+        (xar.loss, latents, labels.float()),
+        (xar.loss, latents, labels[:1]),
+        (xar.sample, labels[:, None]),
+        (relation_histogram, x),
+        (relation_histogram_direct, labels),
+        (histogram_relation_loss, x[0, 0], torch.ones(2, 40)),
+        (kmeans, labels, 1),
+        (glotok.teacher_histogram, x[0, 0].long(), 2),
+        (glotok.contrastive_loss, x[0, 0, :1], x[0, 0, :1]),
+    ):
         with pytest.raises(ValueError) as refusal:
             function(*arguments)
         assert "\n" not in str(refusal.value)

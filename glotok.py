@@ -238,9 +238,8 @@ def histogram_relation_loss(codes, teacher):
 # Lloyd's iterations end in the nearest of many local minima, so the start decides. k-means++
 # (Arthur and Vassilvitskii 2007) takes points as first centres, each with probability proportional
 # to its squared distance from the nearest so far. Greedy k-means++ draws 2 + ln k candidates for
-# each and takes the one that lowers the sum of these distances most. Measured at 1,024 centres of
-# 26,000 vectors: without that choice the sum ends up to 8 % higher, and the teacher's histogram
-# differs 40 times as much as between two seeds.
+# each and takes the one that lowers the sum of these distances most. Without that choice (1,024
+# centres of 26,000 vectors) the teacher's histogram differs 40 times as much as between two seeds.
 
 
 def kmeans(x, k, iterations=20):
@@ -596,7 +595,7 @@ class GloTok(nn.Module):
             self.semantic_head = nn.Linear(c.code_dim, TEACHER_WIDTH[c.teacher])
 
     def make_adapter(self):
-        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d). Paper silent; the depth is FQGAN's."""
+        """Z (B, T, z_channels) -> Z_sem or Z_vis (B, T, d). Paper silent on what it is."""
         c = self.config
         if c.adapter_layers == 0:
             return nn.Linear(c.z_channels, c.code_dim)
@@ -833,8 +832,8 @@ def discriminator_loss(disc, recon, x):
 # we follow the score of p_t(z) p_t(y | z)^g, which is s(z) + g (s(z | y) - s(z)); g is the strength
 # of guidance, and g = 1 is none. (These densities are not the noised versions of p_0(z) p_0(y |
 # z)^g, so the samples only lean that way.) That score is (1 - g) s(z) + g s(z | y), whose weights
-# add up to 1; and v = -(z + t s) / (1 - t) is affine in s. So velocities are combined with the same
-# weights. One network gives both, since a share of its labels is hidden in training.
+# add up to 1; and v = -(z + t s) / (1 - t), for t < 1, is affine in s: velocities are combined with
+# the same weights. One network gives both, since a share of its labels is hidden in training.
 #
 # xAR lets g grow linearly over the cells, from 1 at the first: the first cells decide what the
 # picture is, where guidance costs variety; the later ones must fit to them.
@@ -1105,9 +1104,8 @@ TEACHER_WIDTH = {"convnet": 64, "dinov2": 384}  # D
 #
 #     L_contrastive = mean over i of -log(exp S_ii / sum over j of exp S_ij),
 #
-# without temperature: S lies in [-1, 1], so even a perfect match leaves most of the loss. The batch
-# is one process's micro-batch. FQGAN's target is CLIP's class token (the output at an extra input
-# that stands for the whole image); ours DINOv2's, or the mean of the convnet's features.
+# without temperature: S lies in [-1, 1], so even a perfect match leaves most of the loss. FQGAN's
+# target is CLIP's class token; ours DINOv2's, or the mean of the convnet's features.
 
 FQGAN_WEIGHT = 0.5  # as published
 

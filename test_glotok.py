@@ -272,8 +272,10 @@ def test_paper_preset_builds_the_papers_networks():
     channels = [block.body[2].in_channels for block in blocks]
     assert channels == [128, 128, 128, 128, 128, 256, 256, 256, 256, 512, 512, 512]
     assert count_modules(model.decoder, glotok.ResBlock) == 5 * 3 + 2  # two in the middle
-    assert count_modules(model.encoder, glotok.SpatialAttention) == 2 + 1  # the lowest resolution
+    assert count_modules(model.encoder, glotok.SpatialAttention) == 2 + 1
     assert count_modules(model.decoder, glotok.SpatialAttention) == 3 + 1
+    attention = [m for m in model.modules() if isinstance(m, glotok.SpatialAttention)]
+    assert {m.norm.num_channels for m in attention} == {512}  # at the lowest resolution
     assert len(model.adapter_sem.blocks) == 6
     assert len(model.residual_sem.blocks) == 1
     first = model.decoder[0]
@@ -510,17 +512,6 @@ def test_eq06_fast_histogram_equals_the_direct_one(n, d, shift, band, monkeypatc
     histogram_relation_loss(fast, teacher.float()).backward()
     kl_by_hand(teacher, p).backward()
     assert (fast.grad - direct.grad).norm() < 1e-3 * direct.grad.norm()
-
-
-def test_eq06_fast_histogram_counts_more_pairs_than_a_float_can():
-    """A counter in float32 would stop at 2^24 = 17 million; 25 million pairs here are alike."""
-    codes = torch.tensor([[1.0, 0.0]]).repeat(6000, 1)
-    codes[5000:] *= -1
-    alike = 5000 * 5001 / 2 + 1000 * 1001 / 2  # pairs i <= j of similarity 1
-    opposite = 5000 * 1000
-    at_one = np.exp(-ALPHA * (1 - np.linspace(-1, 1, 40)) ** 2)
-    p = alike * at_one + opposite * at_one[::-1]
-    np.testing.assert_allclose(relation_histogram(codes), p / p.sum(), atol=1e-6)
 
 
 def test_eq06_fast_histogram_passes_nan_on():
@@ -801,7 +792,7 @@ def test_discriminator_judges_patches():
         assert disc(torch.zeros(1, 3, size, size)).shape == (1, 1, patches, patches)
         assert count_modules(disc, torch.nn.BatchNorm2d) == halvings
     with pytest.raises(ValueError):
-        replace(PRESETS["shapes"], image_size=10, cell=1, lambda_adv=0.1)
+        replace(PRESETS["shapes"], image_size=8, cell=1, lambda_adv=0.1)
 
 
 def test_eq03_adversarial_loss_moves_the_reconstruction_alone():
@@ -977,18 +968,12 @@ def test_guidance_needs_both_kinds_of_labels(share):
 def test_sampling_makes_no_pass_that_nobody_reads():
     """4 cells of 5 steps, and a clean pass of each cell but the last."""
     xar = XAR(SMALL)
-    calls = {"block": 0, "output": 0}
-
-    def count(name):
-        def hook(*_):
-            calls[name] += 1
-
-        return hook
-
-    xar.blocks[0].register_forward_hook(count("block"))
-    xar.proj_out.register_forward_hook(count("output"))
+    calls = []
+    xar.blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    xar.proj_out.register_forward_hook(lambda *_: calls.append("output"))
     xar.sample(torch.tensor([0]), steps=5, guidance=2.0)
-    assert calls == {"block": 4 * 5 + 3, "output": 4 * 5}
+    assert calls.count("block") == 4 * 5 + 3
+    assert calls.count("output") == 4 * 5
 
 
 @pytest.mark.parametrize("guidance_first, step", [(1.0, 1.0), (2.5, 0.5), (9.0, 0.0)])

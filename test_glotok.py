@@ -792,7 +792,7 @@ def test_discriminator_judges_patches():
         assert disc(torch.zeros(1, 3, size, size)).shape == (1, 1, patches, patches)
         assert count_modules(disc, torch.nn.BatchNorm2d) == halvings
     with pytest.raises(ValueError):
-        replace(PRESETS["shapes"], image_size=8, cell=1, lambda_adv=0.1)
+        replace(TINY, image_size=10, cell=1, lambda_adv=0.1)
 
 
 def test_eq03_adversarial_loss_moves_the_reconstruction_alone():

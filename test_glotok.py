@@ -906,13 +906,13 @@ def test_a_cell_sees_itself_and_earlier_cells_only(cell, change):
 
 
 @torch.no_grad()
-def test_flow_loss_noises_each_cell_at_its_own_time():
+def test_flow_loss_noises_each_cell_at_its_own_time(monkeypatch):
     xar = fill_zero_weights(XAR(SMALL))
     latents = torch.randn(2, 16, 8, 8)
     t = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.7, 0.2, 0.0, 1.0]])
     noise = torch.randn(2, 4, 16, 16)
     hidden = torch.tensor([False, True])
-    xar.draw = lambda batch, device: (t, noise, hidden)
+    monkeypatch.setattr(xar, "draw", lambda batch, device: (t, noise, hidden))
     loss = xar.loss(latents, torch.tensor([1, 2]))
 
     z = xar.to_cells(latents)

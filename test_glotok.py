@@ -3293,6 +3293,9 @@ REFUSED_TO_RESUME = [
     "--gen_width 32",
     "--preset shapes",
     "--image_size 24 --cell 3",
+    "--lambda_hist 0",  # of a tokenizer that is finished: nothing would be trained by it
+    "--semantic none --lr 0.5",
+    "--bins 20",  # the teacher would be another
 ]
 
 

@@ -81,6 +81,7 @@ def train_tokenizer(run, lpips_file):
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
     stage = Stage(run, "tokenizer", parts, c.tokenizer_steps, c.batch_size)
     if stage.done == stage.steps:
+        check_finished(run)
         return model.eval()
     teacher = run.teacher["histogram"].to(device)
     look = local_teacher(run)
@@ -1497,6 +1498,21 @@ def load_run(folder, device="cpu"):
     path = Path(folder) / "tokenizer.pt"
     fid.load_states(path, {"model": model}, fid.load_checkpoint(path, device))
     return model.eval()
+
+
+def check_finished(run):
+    """BadInput if a finished tokenizer is given other losses, another rate or another teacher.
+
+    Nothing would be trained by them, and config.json and teacher.pt would be wrong about it.
+    """
+    names = [f.name for f in fields(Config) if f.name.startswith("lambda_")]
+    names += ["semantic", "beta", "lr", *TEACHER_SETTINGS]
+    changed = [name for name in names if getattr(run.before, name) != getattr(run.config, name)]
+    if changed:
+        raise BadInput(
+            f"the tokenizer is finished: {', '.join(changed)} may change with more "
+            "--tokenizer_steps alone"
+        )
 
 
 def note_changes(before, c):
